@@ -1,0 +1,216 @@
+"""Batch attention as pure functions.
+
+Axes, used as suffixes of names (``x_NTC``):
+
+    N  samples of the mini-batch (queries)      T  token positions (1 for plain features)
+    M  samples that are attended to (keys)      C  channels
+    H  heads                                    D  channels of one head, C = H * D
+
+Attention runs over the samples, N x M, independently at every token position and head. ``M`` equals ``N`` unless
+the keys were gathered from several processes (:mod:`batchformer.core.distributed`).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Attend = Literal["batch", "self"]
+Gather = Callable[[Tensor], Tensor]
+
+# Below this size torch's own dropout is used, so that small layers draw the very random numbers of torch's layer.
+_SMALL = 2**13
+# Attention weights held at once on the CPU (elements): more are worked off in blocks of queries and recomputed in
+# the backward pass, which keeps memory linear in the batch.
+_BLOCK = 2**22
+
+
+class LayerWeights(NamedTuple):
+    """The parameters of one post-norm encoder layer, in the order and shapes of ``torch.nn.TransformerEncoderLayer``."""
+
+    in_proj_weight: Tensor  # (3C, C)
+    in_proj_bias: Tensor  # (3C,)
+    out_proj_weight: Tensor  # (C, C)
+    out_proj_bias: Tensor  # (C,)
+    linear1_weight: Tensor  # (F, C)
+    linear1_bias: Tensor  # (F,)
+    linear2_weight: Tensor  # (C, F)
+    linear2_bias: Tensor  # (C,)
+    norm1_weight: Tensor  # (C,)
+    norm1_bias: Tensor  # (C,)
+    norm2_weight: Tensor  # (C,)
+    norm2_bias: Tensor  # (C,)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Dropout in training, with cheap random numbers on the CPU.
+
+    torch draws one Bernoulli number for each element, which on the CPU costs as much as a matrix product. Here one
+    64-bit draw serves eight elements (four where ``p`` is not a multiple of 1/256; ``p`` is then rounded to 1/65536
+    and the kept values are scaled by the rounded rate, so the expectation is exact). Small tensors, other devices
+    and compiled graphs take :func:`torch.nn.functional.dropout`.
+
+    Args:
+        x: Any shape.
+        p: Probability of zeroing an element, in [0, 1].
+
+    Returns:
+        Tensor of the shape and dtype of ``x``; kept elements are scaled by ``1 / (1 - p)``.
+
+    Example:
+        >>> x = torch.ones(100, 1000)
+        >>> 0.97 < dropout(x, 0.5).mean() < 1.03
+        tensor(True)
+    """
+    if p == 0.0:
+        return x
+    if p == 1.0 or x.device.type != "cpu" or x.numel() < _SMALL or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    bits, lanes, dtype = (8, 8, torch.int8) if (p * 256).is_integer() else (16, 4, torch.int16)
+    levels = 2**bits
+    dropped = min(max(round(p * levels), 1), levels - 1)
+    draws = torch.empty(-(-x.numel() // lanes), dtype=torch.int64).random_(-(2**63), None)
+    lane = draws.view(dtype)[: x.numel()].view(x.shape)
+    keep = (lane >= dropped - levels // 2).to(x.dtype).mul_(levels / (levels - dropped))
+    return x * keep
+
+
+def attention_allowed(
+    n: int, m: int, *, offset: int, attend: Attend, padding_MT: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """Which keys each query may see, as a boolean tensor that broadcasts to (T, H, N, M); ``None`` means all.
+
+    A query always sees itself, so that no row is empty. ``offset`` is the place of the first query among the keys.
+    """
+    if attend == "batch" and padding_MT is None:
+        return None
+    own = torch.arange(offset, offset + n, device=device)[:, None] == torch.arange(m, device=device)
+    if attend == "self" or padding_MT is None:
+        return own[None, None]
+    return (~padding_MT).T[:, None, None, :] | own
+
+
+def attend_over_batch(
+    q_NTC: Tensor, k_MTC: Tensor, v_MTC: Tensor, num_heads: int, *, drop: float, allowed: Tensor | None
+) -> Tensor:
+    """Multi-head attention over the first axis: softmax(q k^T / sqrt(D)) v, with dropout on the weights.
+
+    Args:
+        q_NTC: Queries, (N, T, C).
+        k_MTC: Keys, (M, T, C).
+        v_MTC: Values, (M, T, C).
+        num_heads: Heads; divides C.
+        drop: Dropout probability of the attention weights.
+        allowed: Boolean, broadcasts to (T, H, N, M); ``None`` allows all.
+
+    Returns:
+        (N, T, C).
+
+    Source:
+        BatchFormer (CVPR 2022), section 3.1; attention as in Vaswani et al. 2017, equation 1.
+
+    Example:
+        >>> x = torch.randn(6, 3, 8)
+        >>> attend_over_batch(x, x, x, 2, drop=0.0, allowed=None).shape
+        torch.Size([6, 3, 8])
+    """
+    N, T, C = q_NTC.shape
+    M = k_MTC.shape[0]
+    q_THND, k_THMD, v_THMD = (x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for x in (q_NTC, k_MTC, v_MTC))
+    if drop == 0.0 or q_NTC.device.type != "cpu" or torch.compiler.is_compiling():
+        out = F.scaled_dot_product_attention(q_THND, k_THMD, v_THMD, attn_mask=allowed, dropout_p=drop)
+    elif T * num_heads * N * M <= 4 * _BLOCK:
+        out = _explicit_attention(q_THND, k_THMD, v_THMD, allowed, drop)
+    else:
+        rows = max(1, _BLOCK // (T * num_heads * M))
+        blocks = []
+        for start in range(0, N, rows):
+            stop = min(start + rows, N)
+            block_allowed = allowed if allowed is None or allowed.shape[-2] == 1 else allowed[..., start:stop, :]
+            block: Tensor = checkpoint(  # type: ignore[no-untyped-call]  # torch's stub
+                _explicit_attention,
+                q_THND[..., start:stop, :],
+                k_THMD,
+                v_THMD,
+                block_allowed,
+                drop,
+                use_reentrant=False,
+            )
+            blocks.append(block)
+        out = torch.cat(blocks, dim=-2)
+    return out.permute(2, 0, 1, 3).reshape(N, T, C)
+
+
+def _explicit_attention(
+    q_THND: Tensor, k_THMD: Tensor, v_THMD: Tensor, allowed: Tensor | None, drop: float
+) -> Tensor:
+    """The formula written out: on the CPU torch has no fused kernel with dropout."""
+    scores_THNM = torch.matmul(q_THND * (1.0 / math.sqrt(q_THND.shape[-1])), k_THMD.transpose(-2, -1))
+    if allowed is not None:
+        scores_THNM = scores_THNM.masked_fill(~allowed, float("-inf"))
+    # Half precision keeps too few digits for a sum over thousands of samples: softmax in fp32 (fp64 stays fp64).
+    weights_THNM = torch.softmax(scores_THNM, dim=-1, dtype=_at_least_fp32(scores_THNM)).to(v_THMD.dtype)
+    return torch.matmul(dropout(weights_THNM, drop), v_THMD)
+
+
+def _at_least_fp32(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+
+
+def encoder_layer(
+    x_NTC: Tensor,
+    weights: LayerWeights,
+    num_heads: int,
+    *,
+    drop: float = 0.0,
+    attend: Attend = "batch",
+    padding_NT: Tensor | None = None,
+    gather: Gather | None = None,
+    offset: int = 0,
+    eps: float = 1e-5,
+) -> Tensor:
+    """One post-norm transformer encoder layer whose sequence is the mini-batch.
+
+    ``H = LayerNorm(x + Drop(Attention(x)))``, ``out = LayerNorm(H + Drop(W2 Drop(ReLU(W1 H))))``.
+
+    Args:
+        x_NTC: Samples, (N, T, C).
+        weights: Parameters of the layer.
+        num_heads: Heads; divides C.
+        drop: Dropout probability, used on the attention weights, inside the feed-forward part and on both residual
+            branches.
+        attend: ``"batch"``: all samples; ``"self"``: each sample itself alone.
+        padding_NT: Boolean (N, T), true where a token is padding. Padding neither attends nor is attended to; its
+            rows come back as they are.
+        gather: Brings the rows of all processes together, (N, ...) -> (M, ...). ``None``: this process alone.
+        offset: Place of the own first row among the gathered ones.
+        eps: Of both layer norms.
+
+    Returns:
+        (N, T, C).
+
+    Source:
+        BatchFormer (CVPR 2022), section 3.1; BatchFormerV2 (arXiv 2204.01254), section 3.2.
+    """
+    w = weights
+    q_NTC, k_MTC, v_MTC = F.linear(x_NTC, w.in_proj_weight, w.in_proj_bias).chunk(3, dim=-1)
+    padding_MT = padding_NT
+    if gather is not None and attend == "batch":
+        k_MTC, v_MTC = gather(torch.cat((k_MTC, v_MTC), dim=-1)).chunk(2, dim=-1)
+        padding_MT = None if padding_NT is None else gather(padding_NT.to(torch.uint8)).bool()
+    else:
+        offset = 0
+    allowed = attention_allowed(
+        x_NTC.shape[0], k_MTC.shape[0], offset=offset, attend=attend, padding_MT=padding_MT, device=x_NTC.device
+    )
+    mixed_NTC = attend_over_batch(q_NTC, k_MTC, v_MTC, num_heads, drop=drop, allowed=allowed)
+    mixed_NTC = dropout(F.linear(mixed_NTC, w.out_proj_weight, w.out_proj_bias), drop)
+    h_NTC = F.layer_norm(x_NTC + mixed_NTC, x_NTC.shape[-1:], w.norm1_weight, w.norm1_bias, eps)
+    hidden = dropout(F.relu(F.linear(h_NTC, w.linear1_weight, w.linear1_bias)), drop)
+    out_NTC = h_NTC + dropout(F.linear(hidden, w.linear2_weight, w.linear2_bias), drop)
+    out_NTC = F.layer_norm(out_NTC, x_NTC.shape[-1:], w.norm2_weight, w.norm2_bias, eps)
+    return out_NTC if padding_NT is None else torch.where(padding_NT[..., None], x_NTC.to(out_NTC.dtype), out_NTC)

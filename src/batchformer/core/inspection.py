@@ -1,0 +1,155 @@
+"""What was inserted, and how the optimizer should treat it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .modules import BatchFormer
+from .surgery import _handles
+
+
+@dataclass(frozen=True)
+class Description:
+    """One line for each insertion; ``print`` it.
+
+    Attributes:
+        lines: The text.
+        parameters: Parameters of all BatchFormer modules of the model, those put there by hand included.
+        trainable: Those among them that require gradients.
+    """
+
+    lines: tuple[str, ...]
+    parameters: int
+    trainable: int
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def describe(model: nn.Module) -> Description:
+    """Say what was inserted into a model, where, how large it is and what follows it.
+
+    Example:
+        >>> from batchformer import insert
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> _ = insert(model, before="auto")
+        >>> print(describe(model))
+        BatchFormer before '2': dim 8, 4 heads, 1 layer, dropout 0.5, two_stream, 464 parameters (464 trained)
+          in training 2N rows [plain; mixed] from there on through '2'; in eval() the plain network
+    """
+    lines: list[str] = []
+    inserted: set[int] = set()
+    for handle in _handles(model):
+        for index, module in enumerate(handle.modules):
+            inserted.add(id(module))
+            places = handle.places if len(handle.modules) == 1 else handle.places[index : index + 1]
+            where = ", ".join(str(place) for place in places)
+            shared = f", weights shared by {len(places)} places" if len(places) > 1 else ""
+            lines.append(f"BatchFormer {where}: {_facts(module)}{shared}")
+        lines.append(f"  {_effect(model, handle)}")
+    for name, module in model.named_modules():
+        if isinstance(module, BatchFormer) and id(module) not in inserted:
+            lines.append(f"BatchFormer as module {name or 'itself'!r}: {_facts(module)}")
+    modules = [m for m in model.modules() if isinstance(m, BatchFormer)]
+    counts = [p for m in modules for p in m.parameters()]
+    return Description(
+        tuple(lines or ["No BatchFormer in this model."]),
+        sum(p.numel() for p in counts),
+        sum(p.numel() for p in counts if p.requires_grad),
+    )
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    *,
+    batchformer_lr_mult: float = 1.0,
+    weight_decay: float = 0.0,
+    batchformer_weight_decay_mult: float = 1.0,
+    decay_norm_and_bias: bool = True,
+) -> list[dict[str, Any]]:
+    """Parameter groups for any optimizer, with multipliers for the module's own.
+
+    The author's advice against overfitting "the pattern of sample relationships" is a smaller learning rate or a
+    larger weight decay for the module (the Balanced Softmax runs used a tenth of the learning rate).
+
+    Args:
+        model: With BatchFormer inserted or built in.
+        lr: Learning rate of the network.
+        batchformer_lr_mult: The module's learning rate over ``lr``, >= 0.
+        weight_decay: Of the network.
+        batchformer_weight_decay_mult: The module's weight decay over ``weight_decay``, >= 0.
+        decay_norm_and_bias: Whether vectors (norms, biases) decay as matrices do.
+
+    Returns:
+        Groups named ``network`` and ``batchformer`` (with ``_no_decay`` twins if asked for), trained parameters only,
+        each in exactly one group; empty groups are left out.
+
+    Raises:
+        ValueError: For a model without BatchFormer where a multiplier is given, or without trained parameters.
+
+    Example:
+        >>> from batchformer import BatchFormer
+        >>> model = nn.Sequential(nn.Linear(4, 8), BatchFormer(8))
+        >>> [(g["name"], g["lr"]) for g in param_groups(model, lr=1.0, batchformer_lr_mult=0.1)]
+        [('network', 1.0), ('batchformer', 0.1)]
+    """
+    modules = [m for m in model.modules() if isinstance(m, BatchFormer)]
+    own = {id(p) for m in modules for p in m.parameters()}
+    if not modules and (batchformer_lr_mult, batchformer_weight_decay_mult) != (1.0, 1.0):
+        raise ValueError("Expected a model with a BatchFormer for these multipliers, found none. Call insert() first.")
+    groups: dict[str, dict[str, Any]] = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        mine = id(parameter) in own
+        decays = decay_norm_and_bias or parameter.dim() > 1
+        name = ("batchformer" if mine else "network") + ("" if decays else "_no_decay")
+        decay = weight_decay * (batchformer_weight_decay_mult if mine else 1.0) if decays else 0.0
+        rate = lr * (batchformer_lr_mult if mine else 1.0)
+        group = groups.setdefault(name, {"name": name, "params": [], "lr": rate, "weight_decay": decay})
+        group["params"].append(parameter)
+    if not groups:
+        raise ValueError("Expected trained parameters, but all of the model's are frozen (requires_grad=False).")
+    return list(groups.values())
+
+
+def _facts(module: BatchFormer) -> str:
+    total = sum(p.numel() for p in module.parameters())
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    if module.attend == "nothing":
+        return f"dim {module.dim}, dropout {module.drop} alone, {module.mode}"
+    heads = module.num_heads
+    depth = f"{len(module.layers)} layer{'s' if len(module.layers) > 1 else ''}"
+    extra = "".join(
+        f", {name}={value!r}"
+        for name, value, usual in (
+            ("attend", module.attend, "batch"),
+            ("gather", module.gather, "none"),
+            ("layout", module.layout, None),
+        )
+        if value != usual
+    )
+    return (
+        f"dim {module.dim}, {heads} heads, {depth}, dropout {module.drop}, {module.mode}{extra}, "
+        f"{total:,} parameters ({trained:,} trained)"
+    )
+
+
+def _effect(model: nn.Module, handle: Any) -> str:
+    if handle.modules[0].mode == "single_stream":
+        return "in training the N mixed rows alone from there on; in eval() the plain network"
+    names = [name for name, module in model.named_modules() if name and not name.startswith(handle.prefix)]
+    first = handle.places[0]
+    followers = [first.name] if first.where == "before" else names[names.index(first.name) + 1 :]
+    inside = f"{first.name}."
+    tops = [n for n in followers if not n.startswith(inside)]
+    shown = repr(tops[-1]) if tops else "the end"
+    companions = "; ".join(
+        f"{', '.join(arguments)} of {name or 'the model'!r} doubled" for name, arguments in handle.plan.companions.items()
+    )
+    return (
+        f"in training 2N rows [plain; mixed] from there on through {shown}; in eval() the plain network"
+        + (f"; {companions}" if companions else "")
+    )

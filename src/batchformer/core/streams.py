@@ -1,0 +1,150 @@
+"""Which rows are plain and which are mixed. The order is always [plain; mixed]."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def expand(targets: T) -> T:
+    """Repeat targets for the two streams: what held for N samples then holds for [plain; mixed], 2N rows.
+
+    Args:
+        targets: A tensor with N rows (class indices (N,), soft targets (N, K), masks ...); a list with one entry for
+            each sample (DETR's list of dicts); a dict or tuple of such things. Numbers, strings, ``None`` and tensors
+            without axes are left as they are. Mixup and cutmix come first, then this.
+
+    Returns:
+        The same structure with 2N rows.
+
+    Raises:
+        TypeError: For anything else, a NumPy array for instance.
+
+    Example:
+        >>> expand(torch.tensor([0, 2]))
+        tensor([0, 2, 0, 2])
+        >>> expand([{"boxes": 1}, {"boxes": 2}])
+        [{'boxes': 1}, {'boxes': 2}, {'boxes': 1}, {'boxes': 2}]
+    """
+    doubled: Any
+    if isinstance(targets, Tensor):
+        doubled = targets if targets.dim() == 0 else torch.cat((targets, targets))
+    elif isinstance(targets, list):
+        doubled = [*targets, *targets]
+    elif isinstance(targets, tuple):
+        doubled = _rebuild(targets, [expand(value) for value in targets])
+    elif isinstance(targets, Mapping):
+        doubled = type(targets)({key: expand(value) for key, value in targets.items()})  # type: ignore[call-arg]
+    elif targets is None or isinstance(targets, int | float | str):
+        doubled = targets
+    else:
+        raise TypeError(
+            "Expected targets as a tensor, a list with one entry for each sample, or a dict or tuple of these, got "
+            f"{type(targets).__name__}. Convert it, for example with torch.as_tensor(targets)."
+        )
+    return doubled  # type: ignore[no-any-return]
+
+
+def split(outputs: T) -> tuple[T, T]:
+    """Undo the doubling: 2N rows -> (plain, mixed), N rows each.
+
+    Args:
+        outputs: A tensor with 2N rows; a dict (also transformers' ``ModelOutput``), tuple or list of such tensors; a
+            list with one entry for each of 2N rows. Numbers, ``None`` and tensors without axes go to both.
+
+    Returns:
+        The same structure twice.
+
+    Raises:
+        ValueError: When the number of rows is odd.
+        TypeError: For other types.
+
+    Example:
+        >>> split(torch.tensor([1, 2, 3, 4]))
+        (tensor([1, 2]), tensor([3, 4]))
+    """
+    halves: Any
+    if isinstance(outputs, Tensor):
+        halves = (outputs, outputs) if outputs.dim() == 0 else _halves(outputs)
+    elif isinstance(outputs, Mapping):
+        parts = {key: split(value) for key, value in outputs.items()}
+        halves = tuple(type(outputs)({k: part[i] for k, part in parts.items()}) for i in (0, 1))  # type: ignore[call-arg]
+    elif isinstance(outputs, list) and not all(isinstance(value, Tensor | tuple | list) for value in outputs):
+        halves = _halves(outputs)
+    elif isinstance(outputs, list | tuple):
+        pairs = [split(value) for value in outputs]
+        halves = tuple(_rebuild(outputs, [pair[i] for pair in pairs]) for i in (0, 1))
+    elif outputs is None or isinstance(outputs, int | float | str):
+        halves = (outputs, outputs)
+    else:
+        raise TypeError(f"Expected outputs as tensors, dicts, tuples or lists, got {type(outputs).__name__}.")
+    return halves  # type: ignore[no-any-return]
+
+
+def stream_loss(
+    criterion: Callable[[T, Any], Tensor],
+    outputs: T,
+    targets: Any,
+    *,
+    two_streams: bool,
+    weights: Sequence[float] = (1.0, 1.0),
+) -> Tensor:
+    """Weighted mean of the plain and the mixed stream's loss, so that its scale is that of a plain run.
+
+    Args:
+        criterion: ``criterion(outputs, targets) -> scalar`` for N rows.
+        outputs: 2N rows with ``two_streams``, N rows without.
+        targets: N rows, not doubled.
+        two_streams: Whether ``outputs`` holds both streams; without, this is ``criterion(outputs, targets)``.
+        weights: Of the plain and the mixed stream, not negative, not both zero.
+
+    Raises:
+        ValueError: For other weights.
+
+    Source:
+        BatchFormer, section 3.2 (shared classifier); equal weights give the mean over the 2N rows.
+
+    Example:
+        >>> loss = torch.nn.functional.cross_entropy
+        >>> logits, labels = torch.randn(4, 3), torch.tensor([0, 2])
+        >>> mean = stream_loss(loss, logits, labels, two_streams=True)
+        >>> torch.allclose(mean, loss(logits, expand(labels)))
+        True
+    """
+    plain_weight, mixed_weight = weights
+    if min(weights) < 0 or sum(weights) == 0:
+        raise ValueError(f"Expected stream weights that are not negative and not both zero, got {tuple(weights)}.")
+    if not two_streams:
+        return criterion(outputs, targets)
+    plain, mixed = split(outputs)
+    total = plain_weight * criterion(plain, targets) + mixed_weight * criterion(mixed, targets)
+    return total / (plain_weight + mixed_weight)
+
+
+def looks_class_sorted(labels: Tensor) -> bool:
+    """Whether class indices (N,) come in non-decreasing order with repeats, as from an unshuffled image folder.
+
+    Example:
+        >>> looks_class_sorted(torch.tensor([0, 0, 0, 1])), looks_class_sorted(torch.tensor([1, 0, 0, 1]))
+        (True, False)
+    """
+    if labels.dim() != 1 or labels.is_floating_point() or len(labels) < 3:
+        return False
+    steps = labels[1:] - labels[:-1]
+    return bool((steps >= 0).all() and (steps == 0).any())
+
+
+def _halves(rows: Any) -> tuple[Any, Any]:
+    if len(rows) % 2:
+        raise ValueError(
+            f"Expected an even number of rows, [plain; mixed], got {len(rows)}. Split the outputs of a training pass "
+            "with two streams only."
+        )
+    return rows[: len(rows) // 2], rows[len(rows) // 2 :]
+
+
+def _rebuild(like: Any, values: list[Any]) -> Any:
+    return type(like)(*values) if hasattr(like, "_fields") else type(like)(values)
