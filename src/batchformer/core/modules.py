@@ -1,7 +1,7 @@
 """The module: parameters plus calls into :mod:`batchformer.core.functional`."""
 
 import warnings
-from typing import Any, Literal, overload
+from typing import Any, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -132,8 +132,14 @@ class BatchFormer(nn.Module):
         self.drop = drop
         self.layers = nn.ModuleList(BatchFormerLayer(dim, num_heads, hidden_dim, drop) for _ in range(depth))
         self.inserted_at = ""  # filled by insert(), for messages
+        self.frozen = False
         self._told: set[str] = set()
         self.register_load_state_dict_pre_hook(_accept_single_layer)
+
+    def freeze(self) -> Self:
+        """Keep the random weights as they are, on purpose (a control): no gradients and no warning about it."""
+        self.frozen = True
+        return self.requires_grad_(False)
 
     @property
     def doubles(self) -> bool:
@@ -206,8 +212,9 @@ class BatchFormer(nn.Module):
     def _tell_once(self, *, alone: bool) -> None:
         if "trained" not in self._told:
             self._told.add("trained")
-            warn_if_frozen(self)
-            watch_optimizers(self)
+            if not self.frozen:
+                warn_if_frozen(self)
+                watch_optimizers(self)
         if alone and "alone" not in self._told:
             self._told.add("alone")
             warnings.warn(

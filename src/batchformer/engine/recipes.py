@@ -1,0 +1,64 @@
+"""Which recipes there are, read without parsing them. Standard library only: ``batchformer ls`` must not wait."""
+
+import difflib
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A YAML file of hyper-parameters.
+
+    Attributes:
+        name: ``task/data-model``, or the path of a file of one's own.
+        path: The file.
+    """
+
+    name: str
+    path: Path
+
+    @property
+    def header(self) -> list[str]:
+        """The comment block on top, without its hashes: what it is, the command, hardware, hours, expected result."""
+        lines = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            if not line.startswith("#"):
+                break
+            lines.append(line.lstrip("#").strip())
+        return lines
+
+    def value(self, key: str) -> str | None:
+        """The value of the first line ``key: value``, however deep; for ``ls``, which shows ``dataset`` and ``root``."""
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            name, colon, value = line.strip().partition(":")
+            if colon and name == key:
+                return value.partition("#")[0].strip().strip("'\"") or None
+        return None
+
+
+def recipes() -> list[Recipe]:
+    """All recipes of the package, by name."""
+    root = Path(str(files("batchformer") / "recipes"))
+    return [Recipe(path.relative_to(root).with_suffix("").as_posix(), path) for path in sorted(root.rglob("*.yaml"))]
+
+
+def find_recipe(name: str) -> Recipe:
+    """A recipe of the package by name, or a YAML file, or the config of a run folder.
+
+    Raises:
+        FileNotFoundError: With the nearest names.
+    """
+    known = {recipe.name: recipe for recipe in recipes()}
+    if name in known:
+        return known[name]
+    path = Path(name)
+    if path.is_dir() and (path / "config.yaml").is_file():
+        return Recipe(name, path / "config.yaml")
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return Recipe(path.with_suffix("").as_posix(), path)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or sorted(known)
+    raise FileNotFoundError(
+        f"Expected the name of a recipe, a .yaml file or a run folder, got {name!r}. Near to it: {', '.join(near)}. "
+        "All of them: batchformer ls."
+    )

@@ -1,0 +1,168 @@
+"""What a run writes into its folder, and when. Every file is whole or not there."""
+
+import csv
+import io
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    with scratch.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """The same for JSON."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def environment(precision: str | None = None, command: str | None = None) -> dict[str, Any]:
+    """Versions, hardware and command: what a number needs beside it."""
+    packages = ("batchformer", "torch", "lightning", "torchvision", "timm", "transformers", "torchmetrics", "numpy")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": command,
+        "python": platform.python_version(),
+        "versions": versions,
+        "host": {
+            "system": platform.platform(terse=True),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpus": gpus,
+        },
+        "precision": precision,
+        "git": _git(),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git() -> str | None:
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+class History(Callback):
+    """One row for each epoch in metrics.csv; the rows travel in the checkpoint, so a resumed run has each once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the epoch."""
+        values = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+        if not trainer.fit_loop.epoch_loop._should_check_val_epoch():
+            values = {name: value for name, value in values.items() if not name.startswith("val_")}
+        rates = {f"lr_{group.get('name', i)}": group["lr"] for i, group in enumerate(trainer.optimizers[0].param_groups)}
+        self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **values, **rates})
+        if trainer.is_global_zero:
+            self.write()
+
+    def write(self) -> None:
+        """Write all rows; a metric that an epoch has not is an empty cell."""
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.path, text.getvalue())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The rows of the epochs before the interruption."""
+        self.rows = list(state_dict["rows"])
+
+
+class Cost(Callback):
+    """Time of each training step, data included, and of the whole training."""
+
+    skip = 3  # the first steps of an epoch start workers and caches
+
+    def __init__(self) -> None:
+        self.step_seconds: list[float] = []
+        self.train_seconds = 0.0
+        self._last = 0.0
+        self._epoch_start = 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clocks."""
+        self._epoch_start = self._last = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note the time since the last step."""
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if batch_idx >= self.skip:
+            self.step_seconds.append(now - self._last)
+        self._last = now
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add the epoch's time (without validation, which comes before this hook, as the last step's)."""
+        self.train_seconds += self._last - self._epoch_start
+
+    def state_dict(self) -> dict[str, Any]:
+        """The measurements."""
+        return {"step_seconds": self.step_seconds, "train_seconds": self.train_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The measurements before the interruption."""
+        self.step_seconds = list(state_dict["step_seconds"])
+        self.train_seconds = float(state_dict["train_seconds"])
+
+    def step_ms(self) -> float | None:
+        """Median step in milliseconds."""
+        if not self.step_seconds:
+            return None
+        return 1000 * sorted(self.step_seconds)[len(self.step_seconds) // 2]
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of this process in MB: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,0 +1,183 @@
+"""One run: train, test the plain network, write the results; and what one does with a run afterwards."""
+
+import json
+import logging
+import math
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.cli import LightningCLI
+from torch import nn
+
+from batchformer.core import BatchFormer
+from batchformer.tasks.longtail.task import LongTailTask
+
+from .config import ConfigError, dump, parse
+from .records import Cost, History, environment, peak_memory_mb, write_json, write_text
+
+DONE = "done"
+
+
+def fit(
+    recipe: Path,
+    overrides: Sequence[str],
+    folder: Path,
+    *,
+    name: str,
+    resume: bool = False,
+    command: str | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train by a recipe and test the plain network; resumable at any moment.
+
+    Args:
+        recipe: YAML file.
+        overrides: ``--key=value`` settings on top.
+        folder: Of the run.
+        name: Of the recipe, for the records.
+        resume: Go on in the folder from its last checkpoint, with the settings that are there.
+        command: What the user typed, for the records.
+        say: Takes lines for the user.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        FileExistsError: When the folder has a run and ``resume`` is off.
+        ConfigError: For wrong settings; with ``resume`` for settings that differ from the run's.
+    """
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    if (folder / "config.yaml").exists() and not resume:
+        raise FileExistsError(f"{folder} has a run already. Go on with --resume, or choose another --name.")
+    if resume and (folder / DONE).exists():
+        say(f"{folder} is finished already.")
+        return cast(dict[str, Any], json.loads((folder / "result.json").read_text(encoding="utf-8")))
+    _quiet()
+    history, cost = History(folder / "metrics.csv"), Cost()
+    keeper = ModelCheckpoint(
+        checkpoint.parent, filename="last", save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
+    )
+    cli = parse(recipe, overrides, **_surroundings(folder, [history, cost, keeper]))
+    _settle_config(folder, dump(cli), resume)
+    trainer: Trainer = cli.trainer
+    task = cast(LongTailTask, cli.model)
+    write_json(folder / "environment.json", environment(str(trainer.precision), command))
+    going_on = resume and checkpoint.exists()
+    say(f"{'Resuming' if going_on else 'Training'} {folder}: {_words(cli)}")
+    trainer.fit(task, cli.datamodule, ckpt_path=checkpoint if going_on else None, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    trainer.test(task, cli.datamodule, verbose=False)
+    result = _result(cli, name, cost, {k: float(v) for k, v in trainer.callback_metrics.items()})
+    if trainer.is_global_zero:
+        write_json(folder / "result.json", result)
+        write_text(folder / DONE, "")
+    return result
+
+
+def test(run: Path) -> dict[str, float]:
+    """The plain network of a run on the test split.
+
+    Raises:
+        FileNotFoundError: When the run has no checkpoint.
+    """
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"Expected {checkpoint}, but it is not there. Train first, or go on with fit --resume.")
+    _quiet()
+    cli = parse(run / "config.yaml", (), **_surroundings(run, []))
+    cli.trainer.test(cli.model, cli.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
+    return _fractions({k: float(v) for k, v in cli.trainer.callback_metrics.items()})
+
+
+def _surroundings(folder: Path, callbacks: list[Callback]) -> dict[str, Any]:
+    shown = sys.stderr.isatty()
+    return {
+        "default_root_dir": str(folder),
+        "logger": False,
+        "callbacks": [*callbacks, *([TQDMProgressBar()] if shown else [])],
+        "enable_progress_bar": shown,
+        "enable_model_summary": False,
+        "enable_checkpointing": bool(callbacks),
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "deterministic": True,
+    }
+
+
+def _settle_config(folder: Path, text: str, resume: bool) -> None:
+    path = folder / "config.yaml"
+    if resume and path.exists():
+        before = path.read_text(encoding="utf-8")
+        if before != text:
+            now, then = text.splitlines(), before.splitlines()
+            changed = [f"  {line.strip()} (was: {old.strip()})" for line, old in zip(now, then, strict=False) if line != old]
+            raise ConfigError(
+                f"Expected the settings that {folder} was started with, got others:\n" + "\n".join(changed[:10]) + "\n"
+                "Resume without overrides, or start another run with --name."
+            )
+        return
+    write_text(path, text)
+
+
+def _result(cli: LightningCLI, name: str, cost: Cost, metrics: dict[str, float]) -> dict[str, Any]:
+    task = cast(LongTailTask, cli.model)
+    network, facts = cast(nn.Module, task.network), task.facts
+    assert facts is not None  # set by setup()
+    module = sum(p.numel() for m in network.modules() if isinstance(m, BatchFormer) for p in m.parameters())
+    total = sum(p.numel() for p in network.parameters())
+    host = environment(str(cli.trainer.precision))
+    return {
+        "recipe": name,
+        "arm": task.plug_in.arm,
+        "seed": task.seed,
+        "metrics": _fractions(metrics),
+        "per_class": [
+            {"name": label, "train_images": count, "accuracy": None if math.isnan(accuracy) else accuracy}
+            for label, count, accuracy in zip(facts.classes, facts.counts, task.per_class, strict=True)
+        ],
+        "cost": {
+            "step_ms": cost.step_ms(),
+            "peak_memory_mb": peak_memory_mb(),
+            "parameters_train": total,
+            "parameters_test": total - module,
+            "train_seconds": cost.train_seconds,
+            "test_ms_per_image": 1000 * task.test_seconds / max(1, task.test_images),
+        },
+        "selection": "last epoch",
+        "split": "test",
+        "date": host["date"],
+        "host": {**host["host"], "precision": host["precision"], "torch": host["versions"].get("torch")},
+    }
+
+
+def _fractions(metrics: dict[str, float]) -> dict[str, float | None]:  # type: ignore[type-arg]
+    named = {name.removeprefix("test_"): value for name, value in metrics.items() if name.startswith("test_")}
+    return {name: None if math.isnan(value) else value for name, value in named.items()}
+
+
+def _words(cli: LightningCLI) -> str:
+    task = cast(LongTailTask, cli.model)
+    device = cli.trainer.strategy.root_device.type
+    return f"{task.plug_in.arm}, seed {task.seed}, {device}, {cli.trainer.precision}, {torch.get_num_threads()} threads"
+
+
+def _quiet() -> None:
+    """Lightning's notes on hardware and tips are no news to the user of a recipe."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (".*does not have many workers.*", ".*exists and is not empty.*", ".*smaller than the logging interval.*"):
+        warnings.filterwarnings("ignore", message, module="lightning")
+
+
+def discard(folder: Path) -> None:
+    """Remove a run that never saved anything, so that it can be started afresh."""
+    if not (folder / "checkpoints" / "last.ckpt").exists():
+        shutil.rmtree(folder, ignore_errors=True)
