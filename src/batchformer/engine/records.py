@@ -50,7 +50,7 @@ def environment(precision: str | None = None, command: str | None = None) -> dic
         "command": command,
         "python": platform.python_version(),
         "versions": versions,
-        "host": {
+        "hardware": {
             "system": platform.platform(terse=True),
             "processor": _processor(),
             "cores": os.cpu_count(),

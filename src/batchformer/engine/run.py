@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import shutil
 import sys
 import warnings
@@ -54,7 +55,7 @@ def fit(
         ConfigError: For wrong settings; with ``resume`` for settings that differ from the run's.
     """
     checkpoint = folder / "checkpoints" / "last.ckpt"
-    if (folder / "config.yaml").exists() and not resume:
+    if first_rank() and (folder / "config.yaml").exists() and not resume:
         raise FileExistsError(f"{folder} has a run already. Go on with --resume, or choose another --name.")
     if resume and (folder / DONE).exists():
         say(f"{folder} is finished already.")
@@ -65,10 +66,11 @@ def fit(
         checkpoint.parent, filename="last", save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
     )
     cli = parse(recipe, overrides, **_surroundings(folder, [history, cost, keeper]))
-    _settle_config(folder, dump(cli), resume)
     trainer: Trainer = cli.trainer
     task = cast(LongTailTask, cli.model)
-    write_json(folder / "environment.json", environment(str(trainer.precision), command))
+    if first_rank():
+        _settle_config(folder, dump(cli), resume)
+        write_json(folder / "environment.json", environment(str(trainer.precision), command))
     going_on = resume and checkpoint.exists()
     say(f"{'Resuming' if going_on else 'Training'} {folder}: {_words(cli)}")
     trainer.fit(task, cli.datamodule, ckpt_path=checkpoint if going_on else None, weights_only=True)
@@ -95,6 +97,11 @@ def test(run: Path) -> dict[str, float]:
     cli = parse(run / "config.yaml", (), **_surroundings(run, []))
     cli.trainer.test(cli.model, cli.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
     return _fractions({k: float(v) for k, v in cli.trainer.callback_metrics.items()})
+
+
+def first_rank() -> bool:
+    """Whether this process is the one that writes: launchers tell the rank before anything is set up."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
 def _surroundings(folder: Path, callbacks: list[Callback]) -> dict[str, Any]:
@@ -154,7 +161,7 @@ def _result(cli: LightningCLI, name: str, cost: Cost, metrics: dict[str, float])
         "selection": "last epoch",
         "split": "test",
         "date": host["date"],
-        "host": {**host["host"], "precision": host["precision"], "torch": host["versions"].get("torch")},
+        "host": {**host["hardware"], "precision": host["precision"], "torch": host["versions"].get("torch")},
     }
 
 
@@ -173,7 +180,7 @@ def _quiet() -> None:
     """Lightning's notes on hardware and tips are no news to the user of a recipe."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for message in (".*does not have many workers.*", ".*exists and is not empty.*", ".*smaller than the logging interval.*"):
+    for message in (".*does not have many workers.*", ".*smaller than the logging interval.*", ".*LeafSpec.*"):
         warnings.filterwarnings("ignore", message, module="lightning")
 
 

@@ -1,0 +1,278 @@
+"""The ``batchformer`` command. Each verb imports what it needs when it runs, so that help and ``ls`` answer at once."""
+
+import argparse
+import difflib
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+MAIN_RECIPE = "longtail/fashion-mnist-lt"
+FOLDER_RECIPE = "longtail/folder"
+OVERRIDES = (
+    "Every hyper-parameter of the recipe can be overridden: --model.optimizer.lr=0.05 --trainer.max_epochs=30 --seed=1. "
+    "See them all with: batchformer fit RECIPE --print-config"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser, verbs = _parsers()
+    verb = next((word for word in words if not word.startswith("-")), None)
+    overrides: list[str] = []
+    if verb in ("fit", "compare"):
+        words, overrides = _take_overrides(words, verbs[verb])
+    arguments = parser.parse_args(words)
+    if arguments.verb is None:
+        parser.print_help()
+        return 0
+    arguments.overrides = overrides
+    arguments.command = shlex.join(["batchformer", *(sys.argv[1:] if argv is None else argv)])
+    try:
+        status = arguments.run(arguments)
+    except KeyboardInterrupt:
+        again = arguments.command if "--resume" in words else f"{arguments.command} --resume"
+        print(f"\nInterrupted. Nothing is lost: go on with\n    {again}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # batchformer ls | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, FileNotFoundError, FileExistsError, ImportError, FloatingPointError) as error:
+        if os.environ.get("BATCHFORMER_TRACEBACK"):
+            raise
+        print(f"batchformer {arguments.verb}: {error}", file=sys.stderr)
+        return 2
+    return int(status or 0)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says which option or verb is nearest to a wrong one."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = next((word for word in message.replace("'", " ").split() if word.startswith("--")), None)
+        near = difflib.get_close_matches(wrong or "", self._option_string_actions, n=1)
+        self.exit(2, f"{self.prog}: {message}{f'. Did you mean {near[0]}?' if near else ''}\nHelp: {self.prog} --help\n")
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    from batchformer import __version__
+
+    parser = _Parser(prog="batchformer", description="Learn from the relations between the samples of a mini-batch.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"batchformer {__version__}")
+    sub = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+
+    def add(name: str, run: Any, text: str, epilog: str | None = None) -> argparse.ArgumentParser:
+        verb = sub.add_parser(name, help=text, description=text, epilog=epilog, allow_abbrev=False)
+        verb.set_defaults(run=run)
+        return verb
+
+    ls = add("ls", _ls, "recipes, their data, and whether the data is here")
+    ls.add_argument("recipe", nargs="?", help="show this recipe's header")
+
+    data = add("data", _data, "fetch data sets, or say where they are looked for")
+    data.add_argument("action", choices=("get", "ls"))
+    data.add_argument("name", nargs="?", help="data set (get needs it)")
+    data.add_argument("--root", help="where data lies (default: BATCHFORMER_DATA, else ~/.cache/batchformer)")
+
+    fit = add("fit", _fit, "one run: train, then test the plain network", OVERRIDES)
+    fit.add_argument("recipe", metavar="RECIPE", help="name (batchformer ls), .yaml file, or run folder with --resume")
+    fit.add_argument("--name", help="of the run folder (default: recipe, arm and seed)")
+    fit.add_argument("--out", default="runs", help="where run folders go (default: runs)")
+    fit.add_argument("--resume", action="store_true", help="go on exactly where the run stopped")
+    fit.add_argument("--print-config", action="store_true", help="print every setting with its value, and stop")
+
+    test = add("test", _test, "the plain network of a run on the test split")
+    test.add_argument("run_folder", metavar="RUN")
+
+    compare = add("compare", _compare, "plain against +BatchFormer on the same seeds and data order", OVERRIDES)
+    compare.add_argument("recipe", metavar="RECIPE", nargs="?", help=f"default: {MAIN_RECIPE}, or {FOLDER_RECIPE} with --data.root")
+    compare.add_argument("--seeds", default="3", help="how many (0, 1, ...), or a list such as 3,5,8 (default: 3)")
+    compare.add_argument("--controls", default="", help="out of frozen,self_only,duplicate,single_stream")
+    compare.add_argument("--name", help="of the folder (default: compare- and the recipe)")
+    compare.add_argument("--out", default="runs", help="where the folder goes (default: runs)")
+    compare.add_argument("--resume", action="store_true", help="go on, or add seeds and controls")
+
+    report = add("report", _report, "tables and plots of runs and comparisons")
+    report.add_argument("runs", metavar="RUN", nargs="+", help="run folders, comparison folders, or folders of these")
+    report.add_argument("--out", help="folder (default: report/ in the first RUN)")
+
+    export = add("export", _export, "the plain network as safetensors and ONNX")
+    export.add_argument("run_folder", metavar="RUN")
+    export.add_argument("--out", help="folder (default: export/ in RUN)")
+    export.add_argument("--format", default="safetensors,onnx", help="out of safetensors,onnx (default: both)")
+
+    add("env", _env, "versions and hardware, for a report of a problem")
+    return parser, dict(sub.choices)
+
+
+def _take_overrides(words: list[str], verb: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
+    """Split the words into the verb's own and the recipe's settings, ``--key=value`` or ``--key value``."""
+    own = verb._option_string_actions
+    mine: list[str] = []
+    settings: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, _ = word.partition("=")
+        if not key.startswith("--") or key in own:
+            mine.append(word)
+        elif "." not in key and (near := difflib.get_close_matches(key, own, n=1, cutoff=0.8)):
+            verb.error(f"unknown option {key}. Did you mean {near[0]}?")
+        elif equals or not rest or rest[0].startswith("--"):
+            settings.append(word)
+        else:
+            settings.append(f"{word}={rest.pop(0)}")
+    return mine, settings
+
+
+def _ls(arguments: argparse.Namespace) -> None:
+    from batchformer.data import fetch
+    from batchformer.engine.recipes import find_recipe, recipes
+
+    if arguments.recipe:
+        print("\n".join(find_recipe(arguments.recipe).header))
+        return
+    rows = [("RECIPE", "DATA", "HERE", "WHAT")]
+    for recipe in recipes():
+        dataset = recipe.value("dataset") or "-"
+        here = "--data.root" if dataset == "folder" else "yes" if fetch.locate(dataset) else "no"
+        rows.append((recipe.name, dataset, here, recipe.header[0] if recipe.header else ""))
+    _print_columns(rows)
+    print("\nFetch data: batchformer data get NAME. Where data is looked for: batchformer data ls.")
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    from batchformer.data import fetch
+
+    if arguments.action == "get":
+        if not arguments.name:
+            raise ValueError(f"Expected the name of a data set: batchformer data get NAME, one of {', '.join(fetch.DATASETS)}.")
+        print(fetch.get(arguments.name, arguments.root))
+        return
+    names = [arguments.name] if arguments.name else list(fetch.DATASETS)
+    rows = [("DATA", "HERE", "WHAT")]
+    for name in names:
+        found = fetch.locate(name, arguments.root)
+        rows.append((name, str(found) if found else "no", fetch.describe(name).content))
+    _print_columns(rows)
+
+
+def _fit(arguments: argparse.Namespace) -> None:
+    from batchformer.engine.config import dump, parse
+    from batchformer.engine.recipes import find_recipe
+    from batchformer.engine.run import fit
+
+    recipe = find_recipe(arguments.recipe)
+    if arguments.print_config:
+        print(dump(parse(recipe.path, arguments.overrides, logger=False)))
+        return
+    if Path(arguments.recipe).is_dir():
+        if not arguments.resume:
+            raise ValueError(f"{arguments.recipe} is a run folder. Go on with --resume, or name a recipe.")
+        folder = Path(arguments.recipe)
+    else:
+        folder = Path(arguments.out) / (arguments.name or _run_name(recipe.name, arguments.overrides))
+    result = fit(
+        recipe.path, arguments.overrides, folder, name=recipe.name, resume=arguments.resume, command=arguments.command
+    )
+    print(_metrics_line(result["metrics"]))
+    print(f"Run: {folder}")
+
+
+def _test(arguments: argparse.Namespace) -> None:
+    from batchformer.engine.run import test
+
+    print(_metrics_line(test(Path(arguments.run_folder))))
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from batchformer.engine.recipes import find_recipe
+
+    given_root = any(word.startswith("--data.root=") for word in arguments.overrides)
+    recipe = find_recipe(arguments.recipe or (FOLDER_RECIPE if given_root else MAIN_RECIPE))
+    seeds = _seeds(arguments.seeds)
+    controls = [control.strip() for control in arguments.controls.split(",") if control.strip()]
+    folder = Path(arguments.out) / (arguments.name or f"compare-{_slug(recipe.name)}")
+
+    from batchformer.engine.compare import compare
+    from batchformer.report import comparison_text, read_comparison, write_report
+
+    compare(
+        recipe.path,
+        arguments.overrides,
+        folder,
+        name=recipe.name,
+        seeds=seeds,
+        controls=controls,
+        resume=arguments.resume,
+        command=arguments.command,
+    )
+    print()
+    print(comparison_text(read_comparison(folder)))
+    written = write_report([folder], folder / "report")
+    for note in written.notes:
+        print(note)
+    print(f"Report: {written.report}")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from batchformer.report import write_report
+
+    written = write_report(arguments.runs, Path(arguments.out or Path(arguments.runs[0]) / "report"))
+    for note in written.notes:
+        print(note)
+    print(f"Report: {written.report}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from batchformer.engine.export import export
+
+    run = Path(arguments.run_folder)
+    for path in export(run, Path(arguments.out or run / "export"), tuple(arguments.format.split(","))):
+        print(path)
+
+
+def _env(arguments: argparse.Namespace) -> None:
+    import json
+
+    from batchformer.engine.records import environment
+
+    print(json.dumps(environment(), indent=2))
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"Expected --seeds as a number or a list such as 0,1,2, got {text!r}.") from None
+    if len(numbers) == 1 and "," not in text:
+        if numbers[0] < 1:
+            raise ValueError(f"Expected at least one seed, got {text}.")
+        return list(range(numbers[0]))
+    return numbers
+
+
+def _run_name(recipe: str, overrides: Sequence[str]) -> str:
+    given = dict(word.removeprefix("--").split("=", 1) for word in overrides if "=" in word)
+    return f"{_slug(recipe)}-{given.get('model.batchformer.arm', 'batchformer')}-seed{given.get('seed', '0')}"
+
+
+def _slug(name: str) -> str:
+    return name.replace("/", "-").strip(".-")
+
+
+def _metrics_line(metrics: dict[str, float | None]) -> str:
+    return ", ".join(f"{name} {'-' if value is None else f'{100 * value:.2f} %'}" for name, value in metrics.items())
+
+
+def _print_columns(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""The errors of the data layer. Each one says what was expected, what came, and the way out."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+MOST_SHOWN = 20
+"""How many offenders a message lists before it only counts them."""
+
+
+class DataError(ValueError):
+    """Data that is there but cannot be used: a corrupt image, a label out of range, a wrong checksum."""
+
+
+class DataNotFoundError(DataError):
+    """Data that is not there: says where it was looked for and how to get it.
+
+    Args:
+        what: The missing data, in words.
+        looked_in: The places that were tried, in order.
+        ways: What the user can do, one sentence each.
+
+    Example:
+        >>> from pathlib import Path
+        >>> print(DataNotFoundError("CIFAR-10", [Path("data")], ["Unpack it to data/cifar-10-batches-py."]))
+        CIFAR-10 was not found. Looked in:
+          data
+        What to do:
+          - Unpack it to data/cifar-10-batches-py.
+    """
+
+    def __init__(self, what: str, looked_in: Sequence[Path], ways: Sequence[str]) -> None:
+        self.what, self.looked_in, self.ways = what, list(looked_in), list(ways)
+        places = "".join(f"\n  {place}" for place in looked_in) or "\n  (nowhere: no place was given)"
+        advice = "".join(f"\n  - {way}" for way in ways)
+        super().__init__(f"{what} was not found. Looked in:{places}\nWhat to do:{advice}")
+
+    def __reduce__(self) -> tuple[type["DataNotFoundError"], tuple[str, list[Path], list[str]]]:
+        return type(self), (self.what, self.looked_in, self.ways)
+
+
+def listing(offenders: Iterable[object]) -> str:
+    """Write offenders one a line, the first ``MOST_SHOWN`` of them, then how many are left.
+
+    Example:
+        >>> print(listing(["a.png", "b.png"]))
+        <BLANKLINE>
+          a.png
+          b.png
+    """
+    lines = [str(offender) for offender in offenders]
+    text = "".join(f"\n  {line}" for line in lines[:MOST_SHOWN])
+    return text + (f"\n  ... and {len(lines) - MOST_SHOWN} more" if len(lines) > MOST_SHOWN else "")

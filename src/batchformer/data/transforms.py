@@ -1,0 +1,300 @@
+"""Augmentation by name, for batches in memory and for single image files alike, and the mixing of samples.
+
+A list of steps such as ``["crop=4", "flip", "autoaugment", "cutout=16"]`` (a name, then numbers after ``=``) is
+what a recipe holds. :func:`batch_augment` turns it into one function of a batch of uint8 images,
+:func:`image_augment` into a torchvision pipeline for one Pillow image.
+
+| step | numbers (defaults) | what |
+|---|---|---|
+| crop | padding (4) | pad with black, cut a random window |
+| resized_crop | smallest share of the area (0.08) | random area and aspect ratio, resized |
+| flip | probability (0.5) | mirror left and right |
+| rotate | degrees (15) | random angle up to this |
+| color_jitter | brightness, contrast, saturation, hue, probability (0.4, 0.4, 0.4, 0, 1) | random colour changes |
+| grayscale | probability (0.2) | take the colour away |
+| blur | probability (0.5) | Gaussian, sigma 0.1 to 2 |
+| autoaugment | - | learned policy: CIFAR-10's up to 64 pixels, ImageNet's above |
+| randaugment | operations, magnitude 0..10 (2, 9) | random operations; 10 is the strongest |
+| cutout | size (16) | black out a square |
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from . import batch_policies
+from . import batch_transforms as batched
+from .errors import DataError
+from .samplers import derive_seed
+
+PRESETS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "crop_flip": ("crop=4", "flip"),
+    "cifar": ("crop=4", "flip", "autoaugment", "cutout=16"),
+    "cifar_rotate": ("crop=4", "flip", "rotate=15"),
+    "imagenet": ("resized_crop=0.08", "flip", "color_jitter=0.4,0.4,0.4,0"),
+    "inat": ("resized_crop=0.08", "flip"),
+    "paco_query": ("resized_crop=0.08", "flip", "color_jitter=0.4,0.4,0.4,0", "randaugment=2,10"),
+    "paco_key": ("resized_crop=0.08", "flip", "color_jitter=0.4,0.4,0.4,0.1,0.8", "grayscale=0.2", "blur=0.5"),
+    "paco_query_small": ("crop=4", "flip", "autoaugment", "cutout=16"),
+    "paco_key_small": ("resized_crop=0.2", "flip", "color_jitter=0.4,0.4,0.4,0.1,0.8", "grayscale=0.2"),
+}
+"""Step lists by name: Balanced Softmax on CIFAR and ImageNet-LT, RIDE on CIFAR, iNaturalist, and PaCo's two views."""
+
+SMALL = 64
+"""Up to this working size images count as small: AutoAugment's CIFAR-10 policy, crops by padding."""
+
+_MOST_NUMBERS = {
+    "crop": 1,
+    "resized_crop": 1,
+    "flip": 1,
+    "rotate": 1,
+    "color_jitter": 5,
+    "grayscale": 1,
+    "blur": 1,
+    "autoaugment": 0,
+    "randaugment": 2,
+    "cutout": 1,
+}
+_GREY = 128  # what leaves the frame in AutoAugment and RandAugment, as in the published policies
+_RANDAUGMENT_LEVELS = 11  # 0..10, so that 10 is the strongest: the scale of the published "rand-m10-n2"
+
+
+def resolve_steps(augment: str | Sequence[str], size: int) -> tuple[str, ...]:
+    """Turn a preset name, ``"auto"`` or a list of steps into a checked list of steps.
+
+    Args:
+        augment: A key of :data:`PRESETS`; ``"auto"`` (crop and flip when small, resized crop and flip otherwise);
+            or steps.
+        size: Working size in pixels.
+
+    Raises:
+        DataError: An unknown preset, unknown steps or wrong numbers, all in one message.
+
+    Example:
+        >>> resolve_steps("auto", 32), resolve_steps(["flip", "cutout=8"], 32)
+        (('crop=4', 'flip'), ('flip', 'cutout=8'))
+    """
+    if isinstance(augment, str):
+        name = augment if augment != "auto" else ("crop_flip" if size <= SMALL else "inat")
+        if name in PRESETS:
+            return PRESETS[name]
+        augment = [part for part in re.split(r"\s+", name) if part]
+    wrong = [problem for step in augment if (problem := _problem(step))]
+    if wrong:
+        raise DataError(
+            f"Expected augmentation steps out of {', '.join(_MOST_NUMBERS)} (numbers after '=') or one preset out of "
+            f"auto, {', '.join(PRESETS)}; got " + "; ".join(wrong) + "."
+        )
+    return tuple(augment)
+
+
+def _problem(step: str) -> str:
+    name, _, numbers = step.partition("=")
+    if name not in _MOST_NUMBERS:
+        return f"unknown {step!r}"
+    values = numbers.split(",") if numbers else []
+    if len(values) > _MOST_NUMBERS[name]:
+        return f"{step!r} with {len(values)} numbers, at most {_MOST_NUMBERS[name]} wanted"
+    if not all(re.fullmatch(r"\s*\d+(\.\d*)?\s*|\s*\.\d+\s*", value) for value in values):
+        return f"{step!r} with something that is not a positive number"
+    return ""
+
+
+def _parse(step: str) -> tuple[str, list[float]]:
+    name, _, numbers = step.partition("=")
+    return name, [float(value) for value in numbers.split(",")] if numbers else []
+
+
+class BatchAugment:
+    """A list of steps as one function of a batch, for images in memory. Can be pickled.
+
+    Args:
+        steps: As in the table on top, or a preset's name.
+        size: Working size in pixels (chooses AutoAugment's policy).
+
+    Raises:
+        DataError: An unknown or malformed step.
+
+    Example:
+        >>> augment = BatchAugment(["crop=2", "flip"], 8)
+        >>> images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+        >>> augment(images, torch.Generator().manual_seed(0)).shape
+        torch.Size([4, 3, 8, 8])
+    """
+
+    def __init__(self, steps: str | Sequence[str], size: int) -> None:
+        self.steps = resolve_steps(steps, size)
+        self._functions = [_batch_step(*_parse(step), size) for step in self.steps]
+
+    def __call__(self, images: Tensor, stream: torch.Generator) -> Tensor:
+        """Augment (N, C, H, W) uint8 images with the randomness of ``stream`` alone."""
+        for function in self._functions:
+            images = function(images, stream)
+        return images
+
+    def __repr__(self) -> str:
+        return f"BatchAugment({list(self.steps)})"
+
+
+def _batch_step(name: str, numbers: list[float], size: int) -> batched.Step:
+    if name == "autoaugment":
+        return batch_policies.AutoAugment(_policy(size), fill=_GREY)
+    if name == "randaugment":
+        return batch_policies.RandAugment(*_randaugment_arguments(numbers), fill=_GREY)
+    if name == "crop":
+        return partial(batched.crop, padding=int(numbers[0]) if numbers else 4)
+    if name == "cutout":
+        return partial(batched.cutout, size=int(numbers[0]) if numbers else 16)
+    function = getattr(batched, name)
+    keywords = {
+        "flip": ("probability",),
+        "rotate": ("degrees",),
+        "resized_crop": ("smallest",),
+        "grayscale": ("probability",),
+        "blur": ("probability",),
+        "color_jitter": ("brightness", "contrast", "saturation", "hue", "probability"),
+    }[name]
+    return partial(function, **dict(zip(keywords, numbers, strict=False)))
+
+
+def image_augment(steps: str | Sequence[str], size: int) -> v2.Compose:
+    """Build the training pipeline for one Pillow image: Pillow image in, (C, ``size``, ``size``) uint8 tensor out.
+
+    Without a ``resized_crop`` among the steps the short side is resized and the centre cut out first. Its randomness is
+    torch's global stream: run it under :func:`seeded`.
+
+    Raises:
+        DataError: An unknown or malformed step.
+    """
+    parsed = [_parse(step) for step in resolve_steps(steps, size)]
+    first: list[Any] = [] if any(name == "resized_crop" for name, _ in parsed) else _fit(size)
+    middle = [_image_step(name, numbers, size) for name, numbers in parsed if name != "cutout"]
+    last = [_Cutout(int(numbers[0]) if numbers else 16) for name, numbers in parsed if name == "cutout"]
+    return v2.Compose([*first, *middle, v2.PILToTensor(), *last])
+
+
+def _image_step(name: str, numbers: list[float], size: int) -> Any:
+    if name == "crop":
+        return v2.RandomCrop(size, padding=int(numbers[0]) if numbers else 4)
+    if name == "resized_crop":
+        return v2.RandomResizedCrop(size, scale=(numbers[0] if numbers else 0.08, 1.0), antialias=True)
+    if name == "flip":
+        return v2.RandomHorizontalFlip(*numbers)
+    if name == "rotate":
+        return v2.RandomRotation(numbers[0] if numbers else 15.0)
+    if name == "color_jitter":
+        *strengths, probability = [*numbers, *(0.4, 0.4, 0.4, 0.0, 1.0)[len(numbers) :]]
+        return v2.RandomApply([v2.ColorJitter(*strengths)], p=probability)
+    if name == "grayscale":
+        return v2.RandomGrayscale(numbers[0] if numbers else 0.2)
+    if name == "blur":
+        return v2.RandomApply(
+            [v2.GaussianBlur(2 * max(1, size // 20) + 1, (0.1, 2.0))], p=numbers[0] if numbers else 0.5
+        )
+    if name == "autoaugment":
+        return v2.AutoAugment(_policy(size), fill=_GREY)
+    return v2.RandAugment(*_randaugment_arguments(numbers), fill=_GREY)
+
+
+def image_eval(size: int) -> v2.Compose:
+    """Build the test pipeline for one Pillow image: short side to 8/7 of ``size`` (256 for 224), centre cut out."""
+    return v2.Compose([*_fit(size), v2.PILToTensor()])
+
+
+def _fit(size: int) -> list[Any]:
+    short = size if size <= SMALL else round(size * 8 / 7)
+    return [v2.Resize(short, antialias=True), v2.CenterCrop(size)]
+
+
+def _policy(size: int) -> v2.AutoAugmentPolicy:
+    return v2.AutoAugmentPolicy.CIFAR10 if size <= SMALL else v2.AutoAugmentPolicy.IMAGENET
+
+
+def _randaugment_arguments(numbers: list[float]) -> tuple[int, int, int]:
+    operations, magnitude = [*numbers, *(2.0, 9.0)[len(numbers) :]]
+    if magnitude >= _RANDAUGMENT_LEVELS:
+        raise DataError(f"Expected a randaugment magnitude from 0 to {_RANDAUGMENT_LEVELS - 1}, got {magnitude:g}.")
+    return int(operations), int(magnitude), _RANDAUGMENT_LEVELS
+
+
+class _Cutout(torch.nn.Module):
+    """The batched cutout on one image, with a stream that follows torch's global seed."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, image: Tensor) -> Tensor:
+        stream = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        return batched.cutout(image[None], stream, self.size)[0]
+
+
+@contextmanager
+def seeded(*parts: int) -> Iterator[None]:
+    """Give torch's global stream a seed of its own inside the block and leave it untouched afterwards.
+
+    Example:
+        >>> before = torch.get_rng_state()
+        >>> with seeded(1, 2, 3):
+        ...     number = torch.rand(())
+        >>> torch.get_rng_state().equal(before)
+        True
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(*parts))  # torch.manual_seed would seed the accelerators too
+        yield
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Turn uint8 (N, C, H, W) into float32 with ``(x / 255 - mean) / std`` per channel.
+
+    Example:
+        >>> normalize(torch.full((1, 1, 1, 1), 255, dtype=torch.uint8), [0.5], [0.5]).item()
+        1.0
+    """
+    scale = torch.tensor([1 / (255 * s) for s in std]).view(1, -1, 1, 1)
+    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)]).view(1, -1, 1, 1)
+    return images.float().mul_(scale).sub_(shift)
+
+
+class Mix:
+    """Mixup and CutMix of a batch, giving soft targets; one of the two is drawn per batch when both are on.
+
+    Mixup: Zhang et al., ICLR 2018; CutMix: Yun et al., ICCV 2019; both torchvision's. Do this *before* BatchFormer
+    doubles the targets.
+
+    Args:
+        num_classes: K.
+        mixup_alpha: Parameter of the Beta distribution; 0 switches mixup off.
+        cutmix_alpha: The same for CutMix.
+
+    Raises:
+        DataError: A negative alpha, or both 0.
+
+    Example:
+        >>> images, targets = Mix(3, mixup_alpha=1.0)(torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]), seed=0)
+        >>> targets.shape, targets.sum(1).allclose(torch.ones(4))
+        (torch.Size([4, 3]), True)
+    """
+
+    def __init__(self, num_classes: int, *, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0) -> None:
+        if min(mixup_alpha, cutmix_alpha) < 0 or max(mixup_alpha, cutmix_alpha) == 0:
+            raise DataError(
+                f"Expected non-negative alphas, at least one above 0; got mixup {mixup_alpha}, cutmix {cutmix_alpha}."
+            )
+        ways: list[Any] = [v2.MixUp(alpha=mixup_alpha, num_classes=num_classes)] if mixup_alpha else []
+        ways += [v2.CutMix(alpha=cutmix_alpha, num_classes=num_classes)] if cutmix_alpha else []
+        self._mix = v2.RandomChoice(ways)
+
+    def __call__(self, images: Tensor, labels: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+        """Mix float images (N, C, H, W) and class indices (N,) into images and probabilities (N, K)."""
+        with seeded(seed):
+            mixed: tuple[Tensor, Tensor] = self._mix(images, labels)
+        return mixed

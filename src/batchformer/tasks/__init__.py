@@ -1,0 +1,1 @@
+"""One folder per problem, each with the same files in the order data flows: data, model, loss, metrics, task."""

@@ -1,0 +1,1 @@
+"""Long-tailed recognition: few classes with many images, many classes with few."""

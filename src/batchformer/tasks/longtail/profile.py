@@ -1,0 +1,132 @@
+"""Who is frequent and who is rare: the exponential profile, the choice of images, splits and groups, as pure functions.
+
+Axes: M images, K classes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from batchformer.data.errors import DataError
+from batchformer.data.samplers import generator
+
+
+def long_tail_profile(num_classes: int, n_max: int, imbalance_factor: float) -> list[int]:
+    """Images per class of the exponential profile ``n_i = int(n_max * IF^(-i / (K - 1)))``, at least 1.
+
+    Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, section 5.1.
+
+    Args:
+        num_classes: K, at least 2.
+        n_max: Images of the most frequent class.
+        imbalance_factor: Most frequent over least frequent class, at least 1.
+
+    Raises:
+        DataError: An argument is out of range.
+
+    Example:
+        >>> sum(long_tail_profile(10, 5000, 200)), sum(long_tail_profile(100, 500, 100))
+        (11203, 10847)
+    """
+    if num_classes < 2 or n_max < 1 or imbalance_factor < 1:
+        raise DataError(
+            "Expected at least 2 classes, n_max of at least 1 and an imbalance_factor of at least 1; got "
+            f"{num_classes}, {n_max} and {imbalance_factor}."
+        )
+    return [max(1, int(n_max * (1 / imbalance_factor) ** (i / (num_classes - 1)))) for i in range(num_classes)]
+
+
+def class_order(available: Tensor, seed: int | None) -> list[int]:
+    """Which class gets the largest count, the second largest, ...
+
+    Classes with more images come first; classes with equally many keep their index order (``seed=None``) or are
+    permuted. On data whose hardest class has a low index, index order would mix up hardness with rarity.
+
+    Args:
+        available: Images per class, shape (K,).
+        seed: Seed of the permutation, ``None`` for none.
+    """
+    k = len(available)
+    order = torch.arange(k) if seed is None else torch.randperm(k, generator=generator(seed, k))
+    return order[torch.argsort(available[order], descending=True, stable=True)].tolist()
+
+
+def long_tail_indices(labels: Tensor, counts: Sequence[int], seed: int) -> Tensor:
+    """Choose ``counts[k]`` images of every class k.
+
+    A class's images are drawn in an order that depends on the class and the seed alone, so a smaller count is
+    always a subset of a larger one.
+
+    Args:
+        labels: Class of every image, shape (M,).
+        counts: How many to keep of each class; all are kept where there are fewer.
+        seed: Seed of the choice.
+
+    Returns:
+        Indices in ascending order.
+    """
+    kept = []
+    for k, count in enumerate(counts):
+        own = (labels == k).nonzero().squeeze(1)
+        kept.append(own[torch.randperm(len(own), generator=generator(seed, k))[:count]])
+    return torch.cat(kept).sort().values
+
+
+def stratified_split(labels: Tensor, val_fraction: float, test_fraction: float, seed: int) -> dict[str, Tensor]:
+    """Split every class into training, validation and test images.
+
+    A class with few images is served in this order: one image for training, one for test, one for validation, and
+    only then the fractions. So a class of one image is trained on and never tested.
+
+    Args:
+        labels: Class of every image, shape (M,).
+        val_fraction: Share for validation, 0 for none.
+        test_fraction: Share for test, 0 for none.
+        seed: Seed of the split.
+
+    Returns:
+        Ascending indices for "train", "val" and "test".
+
+    Raises:
+        DataError: The fractions are negative or leave nothing to train on.
+    """
+    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+        raise DataError(
+            "Expected non-negative val_fraction and test_fraction with a sum below 1, got "
+            f"{val_fraction} and {test_fraction}."
+        )
+    parts: dict[str, list[Tensor]] = {"train": [], "val": [], "test": []}
+    for k in torch.unique(labels).tolist():
+        own = (labels == k).nonzero().squeeze(1)
+        own = own[torch.randperm(len(own), generator=generator(seed, int(k)))]
+        n_test = _share(len(own), test_fraction, spare=1)
+        n_val = _share(len(own), val_fraction, spare=1 + n_test)
+        parts["test"].append(own[:n_test])
+        parts["val"].append(own[n_test : n_test + n_val])
+        parts["train"].append(own[n_test + n_val :])
+    return {name: torch.cat(indices).sort().values for name, indices in parts.items()}
+
+
+def _share(n: int, fraction: float, *, spare: int) -> int:
+    return min(max(1, round(n * fraction)), max(0, n - spare)) if fraction else 0
+
+
+def shot_groups(counts: Tensor, many_over: int = 100, few_under: int = 20) -> dict[str, list[int]]:
+    """Group classes by their training images: many (> ``many_over``), few (< ``few_under``), medium (the rest).
+
+    Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019, section 4.
+
+    Raises:
+        DataError: ``few_under`` is larger than ``many_over + 1``: a class would be both.
+
+    Example:
+        >>> shot_groups(torch.tensor([500, 100, 20, 19]))
+        {'many': [0], 'medium': [1, 2], 'few': [3]}
+    """
+    if few_under > many_over + 1:
+        raise DataError(f"Expected few_under of at most many_over + 1 = {many_over + 1}, got {few_under}.")
+    groups: dict[str, list[int]] = {"many": [], "medium": [], "few": []}
+    for k, n in enumerate(counts.tolist()):
+        groups["many" if n > many_over else "few" if n < few_under else "medium"].append(k)
+    return groups

@@ -1,0 +1,111 @@
+"""From settings, or from a run folder, to a network."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .decoupled import learn_weight_scale, retrain_classifier, tau_normalize
+from .model import LongTailNetwork, build_model
+from .paco import PaCo
+from .ride import RIDE, RoutedExperts
+from .settings import NetworkSettings
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What a network needs to know of the data.
+
+    Attributes:
+        counts: Training images of each class.
+        classes: Their names.
+        groups: Class indices under "many", "medium", "few".
+        in_channels: 1 or 3.
+        image_size: Pixels.
+        mean: Of each channel, in 0..1.
+        std: Of each channel, in 0..1.
+    """
+
+    counts: list[int]
+    classes: list[str]
+    groups: dict[str, list[int]]
+    in_channels: int
+    image_size: int
+    mean: list[float]
+    std: list[float]
+
+    @classmethod
+    def of(cls, data: Any) -> "DataFacts":
+        """Read them off a data module after its ``setup()``."""
+        return cls(
+            [int(n) for n in data.counts],
+            list(data.classes),
+            {name: [int(k) for k in members] for name, members in data.groups.items()},
+            int(data.in_channels),
+            int(data.image_size),
+            [float(x) for x in data.mean],
+            [float(x) for x in data.std],
+        )
+
+
+def build_network(settings: NetworkSettings, facts: DataFacts) -> LongTailNetwork:
+    """The plain network of a run."""
+    arguments = asdict(settings)
+    more = arguments.pop("settings")
+    return build_model(
+        arguments.pop("backbone"), len(facts.counts), in_channels=facts.in_channels, **arguments, **more
+    )
+
+
+def second_stage(network: LongTailNetwork, second: str, tau: float) -> nn.Module:
+    """Prepare a trained network for its second stage.
+
+    Raises:
+        ValueError: For a stage that this kind of network has not.
+    """
+    if isinstance(network, PaCo):
+        network = network.plain()
+    if second == "crt":
+        return retrain_classifier(network)
+    if second == "lws":
+        return learn_weight_scale(network)
+    if second == "tau":
+        return tau_normalize(network, tau)
+    if not isinstance(network, RIDE):
+        raise ValueError(f"Expected a RIDE run to start from for 'routing', got a {type(network).__name__}.")
+    return RoutedExperts(network)
+
+
+class Restored(NamedTuple):
+    """What a run left behind: the plain network, in ``eval()``, and what it was built from."""
+
+    network: LongTailNetwork
+    facts: DataFacts
+    settings: NetworkSettings
+
+
+def load_network(run: str | Path) -> Restored:
+    """The plain network of a run folder or checkpoint file; BatchFormer's weights are left out.
+
+    Raises:
+        FileNotFoundError: When there is no checkpoint.
+        ValueError: When it is no checkpoint of a long-tailed run.
+    """
+    path = Path(run) / "checkpoints" / "last.ckpt" if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a run folder with checkpoints/last.ckpt, or a checkpoint file, got {run}.")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if "longtail" not in checkpoint:
+        raise ValueError(f"Expected a checkpoint of a long-tailed run, got {path} without the entry 'longtail'.")
+    stored = checkpoint["longtail"]
+    facts = DataFacts(**stored["data"])
+    settings = NetworkSettings(**{**stored["network"], "pretrained": False})
+    network: Any = build_network(settings, facts)
+    if stored["second"] is not None:
+        network = second_stage(network, stored["second"], 0.0)
+    prefix = "network."
+    state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    network.load_state_dict({k: v for k, v in state.items() if not k.startswith("batchformer.")})
+    return Restored(network.eval(), facts, settings)

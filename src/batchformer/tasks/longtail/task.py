@@ -1,0 +1,272 @@
+"""One long-tailed run: data, network, plug-in, loss and metrics, wired for Lightning's Trainer."""
+
+import math
+import time
+from dataclasses import asdict
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from torch import Tensor, nn
+
+from batchformer.core import Handle, insert_arm, param_groups
+from batchformer.data.samplers import derive_seed
+
+from .criterion import Criterion, RIDELoss, build_loss
+from .loss_ride import routing
+from .metrics import LongTailMetrics
+from .model import LongTailNetwork
+from .paco import PaCoOutput
+from .restore import DataFacts, build_network, load_network, second_stage
+from .ride import RIDE, RoutedOutput, RoutingOutput
+from .settings import BatchFormerSettings, LossSettings, NetworkSettings, OptimizerSettings, StageSettings
+
+
+class LongTailTask(LightningModule):
+    """Train a network on long-tailed data, plain or with BatchFormer; test the plain network.
+
+    The network is built in ``setup()``, when the data has said how many classes there are. It is the same for all arms
+    of a comparison with one seed: the module comes after it and draws its weights apart.
+
+    Args:
+        network: The network.
+        loss: The loss.
+        batchformer: The module and the arm.
+        optimizer: Optimizer and schedule.
+        stage: Second stage and teacher.
+        ema: Decay of an exponential moving average of the weights, which is then what is tested; ``None`` for none.
+        channels_last: Memory format of convolutions; ``None``: with bf16.
+        compile: Whether the network runs through ``torch.compile``.
+        seed: Of initial weights and dropout.
+
+    Raises:
+        ValueError: From ``setup()``, for settings that do not go together.
+    """
+
+    def __init__(
+        self,
+        network: NetworkSettings = NetworkSettings(),  # noqa: B008  # jsonargparse reads defaults off the signature
+        loss: LossSettings = LossSettings(),  # noqa: B008
+        batchformer: BatchFormerSettings = BatchFormerSettings(),  # noqa: B008
+        optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008
+        stage: StageSettings = StageSettings(),  # noqa: B008
+        ema: float | None = None,
+        channels_last: bool | None = None,
+        compile: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.network_settings, self.loss_settings, self.plug_in = network, loss, batchformer
+        self.optimizer_settings, self.stage, self.ema = optimizer, stage, ema
+        self.channels_last, self.compiles, self.seed = channels_last, compile, seed
+        self.network: nn.Module | None = None
+        self.handle: Handle | None = None
+        self.facts: DataFacts | None = None
+        self.test_seconds, self.test_images = 0.0, 0
+
+    # ---------------------------------------------------------------- building
+
+    def setup(self, stage: str) -> None:
+        """Build the network for the data at hand, once."""
+        if self.network is not None:
+            return
+        self.facts = DataFacts.of(self.trainer.datamodule)  # type: ignore[attr-defined]
+        self._check()
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            if self.stage.second is not None:
+                first = load_network(cast(str, self.stage.start_from))
+                self.network_settings = first.settings
+                self.network = second_stage(first.network.train(), self.stage.second, self.stage.tau)
+            else:
+                self.network = build_network(self.network_settings, self.facts)
+                torch.manual_seed(derive_seed(self.seed, 1))
+                self.handle = self._insert(self.network)
+        if self.channels_last or (self.channels_last is None and "bf16" in str(self.trainer.precision)):
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._run_network = torch.compile(self.network) if self.compiles else self.network
+        counts = torch.tensor(self.facts.counts)
+        self.criterion: Criterion = build_loss(self.loss_settings.name, counts, **self.loss_settings.settings)
+        # In a list, so that the teacher is no part of this module: neither trained nor saved.
+        self.teachers = self._load_teachers()
+        groups = self.facts.groups
+        self.metrics = nn.ModuleDict({s: LongTailMetrics(len(counts), groups) for s in ("val", "test")})
+
+    def _check(self) -> None:
+        kind, loss, stage = self.network_settings.kind, self.loss_settings.name, self.stage
+        if (loss == "paco") != (kind == "paco"):
+            raise ValueError(f"Expected loss and network kind 'paco' together, got loss {loss!r} and kind {kind!r}.")
+        if loss == "ride" and kind != "ride":
+            raise ValueError(f"Expected network kind 'ride' for the RIDE loss, got {kind!r}.")
+        if stage.second is not None and stage.start_from is None:
+            raise ValueError(f"Expected stage.start_from=RUN, the first stage's run folder, for {stage.second!r}.")
+        if stage.teacher is not None and loss != "ride":
+            raise ValueError(f"Expected the RIDE loss for distillation from a teacher, got {loss!r}.")
+
+    def _insert(self, network: LongTailNetwork) -> Handle | None:
+        plug_in = self.plug_in
+        heads = plug_in.num_heads or (network.num_heads if isinstance(network, RIDE) else 4)
+        place: dict[str, Any] = {"before": plug_in.before} if plug_in.after is None else {"after": plug_in.after}
+        names = ("mlp_ratio", "drop", "layers", "mode", "gather", "share")
+        layer = {name: getattr(plug_in, name) for name in names}
+        if plug_in.layout is not None:
+            layer["layout"] = plug_in.layout
+        return insert_arm(network, plug_in.arm, num_heads=heads, **place, **layer)
+
+    def _load_teachers(self) -> list[nn.Module]:
+        if self.stage.teacher is None:
+            return []
+        return [load_network(self.stage.teacher).network.requires_grad_(False)]
+
+    # ---------------------------------------------------------------- steps
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make dropout a function of (seed, epoch, batch): a resumed run draws what an uninterrupted one drew."""
+        torch.manual_seed(derive_seed(self.seed, 2, self.current_epoch, batch_idx, self.global_rank))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The mean of both streams' losses (or the one stream's)."""
+        images, targets = batch
+        if isinstance(images, list | tuple):
+            images, second = (self._format(view) for view in images)
+            loss = self._loss(self._run_network(images, second, targets), targets, images)
+        else:
+            images = self._format(images)
+            loss = self._loss(self._run_network(images), targets, images)
+        if not bool(torch.isfinite(loss)):
+            raise FloatingPointError(
+                f"Expected a finite loss, got {loss.item()} in epoch {self.current_epoch}, batch {batch_idx}. Lower "
+                "optimizer.lr, raise warmup_epochs, clip with trainer.gradient_clip_val, or run with precision=32-true."
+            )
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(targets))
+        return loss
+
+    def _loss(self, outputs: Any, targets: Tensor, images: Tensor) -> Tensor:
+        if isinstance(outputs, RoutingOutput):
+            return routing(outputs.help_logits, outputs.logits, targets)
+        extra: dict[str, Any] = {}
+        if isinstance(self.criterion, RIDELoss):
+            for teacher in self.teachers:
+                with torch.no_grad():
+                    extra["teacher_logits"] = teacher.to(self.device)(images)
+
+        def criterion(rows: Any, rows_targets: Tensor) -> Tensor:
+            return cast(Tensor, self.criterion(rows, rows_targets, self.current_epoch, **extra))
+
+        if self.handle is None:
+            return criterion(outputs, targets)
+        weights = self.plug_in.stream_weights
+        if isinstance(outputs, PaCoOutput):
+            # The queries and logits have both streams, the keys only one.
+            return self.handle.loss(
+                lambda anchors, rows: criterion(outputs.with_anchors(*anchors), rows), outputs.anchors, targets, weights
+            )
+        return self.handle.loss(criterion, outputs, targets, weights)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Update the validation metrics."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Update the test metrics and the time for each image."""
+        start = time.perf_counter()
+        self._evaluate(batch, "test")
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.test_seconds += time.perf_counter() - start
+        self.test_images += len(batch[1])
+
+    def _evaluate(self, batch: Any, split: str) -> None:
+        images, targets = batch
+        outputs = self._run_network(self._format(images))
+        if isinstance(outputs, RoutedOutput):
+            self.log(f"{split}_experts_used", outputs.experts_used, batch_size=len(targets))
+            outputs = outputs.logits
+        logits = outputs.mean(dim=1) if outputs.dim() == 3 else outputs
+        self.metrics[split].update(logits, targets)  # type: ignore[operator]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics and keep the accuracy of each class."""
+        self._log_metrics("test")
+
+    def _log_metrics(self, split: str) -> None:
+        metric = cast(LongTailMetrics, self.metrics[split])
+        values = metric.compute()
+        metric.reset()
+        self.per_class = values.pop("per_class").tolist()
+        self.log_dict({f"{split}_{name}": value.float() for name, value in values.items()})
+
+    def _format(self, images: Tensor) -> Tensor:
+        if self.channels_last or (self.channels_last is None and "bf16" in str(self.trainer.precision)):
+            return images.contiguous(memory_format=torch.channels_last)
+        return images
+
+    # ---------------------------------------------------------------- optimization
+
+    def configure_optimizers(self) -> Any:
+        """SGD or AdamW with the module's own multipliers; the schedule steps with every batch."""
+        settings = self.optimizer_settings
+        own = self.handle is not None
+        groups = param_groups(
+            cast(nn.Module, self.network),
+            settings.lr,
+            batchformer_lr_mult=self.plug_in.lr_mult if own else 1.0,
+            weight_decay=settings.weight_decay,
+            batchformer_weight_decay_mult=self.plug_in.weight_decay_mult if own else 1.0,
+            decay_norm_and_bias=settings.decay_norm_and_bias,
+        )
+        optimizer: torch.optim.Optimizer
+        if settings.name == "sgd":
+            optimizer = torch.optim.SGD(groups, momentum=settings.momentum, nesterov=settings.nesterov)
+        else:
+            optimizer = torch.optim.AdamW(groups)
+        steps = max(1, int(self.trainer.estimated_stepping_batches))
+        epoch_steps = max(1, steps // max(1, self.trainer.max_epochs or 1))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, steps, epoch_steps, settings)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The moving average, where it is asked for."""
+        return [] if self.ema is None else [EMAWeightAveraging(decay=self.ema)]
+
+    # ---------------------------------------------------------------- saving
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what it takes to build the plain network again: plain types, loadable weights-only."""
+        checkpoint["longtail"] = {
+            "network": asdict(self.network_settings),
+            "second": self.stage.second,
+            "data": asdict(cast(DataFacts, self.facts)),
+        }
+
+
+def learning_rate_factor(step: int, steps: int, epoch_steps: int, settings: OptimizerSettings) -> float:
+    """Learning rate over its peak at a step (from 0).
+
+    Args:
+        step: Optimizer steps done.
+        steps: Of the whole run.
+        epoch_steps: Of an epoch.
+        settings: Warm-up and schedule.
+
+    Example:
+        >>> [round(learning_rate_factor(s, 10, 2, OptimizerSettings(warmup_epochs=1)), 3) for s in (0, 1, 2, 6, 10)]
+        [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    warmup = round(settings.warmup_epochs * epoch_steps)
+    if step < warmup:
+        return settings.warmup_start + (1 - settings.warmup_start) * (step + 1) / warmup
+    if settings.per_epoch:
+        step = step // epoch_steps * epoch_steps
+    if settings.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0, step - warmup) / max(1, steps - warmup))))
+    if settings.schedule == "step":
+        return float(settings.gamma ** sum(step >= epoch * epoch_steps for epoch in settings.milestones))
+    return 1.0

@@ -1,0 +1,185 @@
+"""PaCo's momentum encoder and queue, and which rows double."""
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from batchformer import insert
+from batchformer.tasks.longtail.backbone import ResNet
+from batchformer.tasks.longtail.criterion import build_loss
+from batchformer.tasks.longtail.paco import PaCo, PaCoOutput, gather_rows
+
+K = 5
+
+
+def network(queue_size: int = 10, momentum: float = 0.9) -> PaCo:
+    torch.manual_seed(0)
+    backbone = ResNet((1, 1), (4, 8), in_channels=1)
+    return PaCo(backbone, K, embed_dim=6, queue_size=queue_size, momentum=momentum)
+
+
+def batch(samples: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    one, two = (torch.randn(samples, 1, 8, 8, generator=generator) for _ in range(2))
+    return one, two, torch.randint(K, (samples,), generator=generator)
+
+
+@pytest.mark.parametrize("sizes", [[4, 4, 4, 4], [3, 7, 1, 10, 2], [5, 5, 5], [13, 4]])
+def test_the_queue_equals_a_plain_ring(sizes: list[int]) -> None:
+    model = network(queue_size=10)
+    ring: list[tuple[list[float], int]] = [([0.0] * 6, -1)] * 10
+    at = 0
+    for step, size in enumerate(sizes):
+        generator = torch.Generator().manual_seed(step)
+        keys, labels = torch.randn(size, 6, generator=generator), torch.randint(K, (size,), generator=generator)
+        model.enqueue(keys, labels)
+        for row, label in zip(keys.tolist(), labels.tolist(), strict=True):
+            ring[at] = (row, label)
+            at = (at + 1) % 10
+    assert model.queue.tolist() == [row for row, _ in ring]
+    assert model.queue_targets.tolist() == [label for _, label in ring]
+    assert int(model.queue_at) == at
+
+
+def test_a_step_returns_its_keys_before_the_queue_and_enqueues_them_after() -> None:
+    model = network()
+    first = model(*batch(4))
+    assert isinstance(first, PaCoOutput)
+    assert first.keys.shape == (14, 6)
+    assert first.key_targets.tolist() == [*batch(4)[2].tolist(), *[-1] * 10]
+    assert torch.equal(model.queue[:4], first.keys[:4])
+    second = model(*batch(4, seed=1))
+    assert torch.equal(second.keys[4:8], first.keys[:4])
+    assert second.key_targets[4:8].tolist() == batch(4)[2].tolist()
+    torch.testing.assert_close(second.keys[:8].norm(dim=1), torch.ones(8))
+    assert not second.keys.requires_grad
+    assert (first.key_targets[4:] == -1).all()  # the later step has not changed the earlier output
+
+
+def test_the_key_encoder_follows_by_momentum() -> None:
+    model = network(momentum=0.9)
+    keys = [*model.key_backbone.parameters(), *model.key_mlp.parameters()]
+    queries = [*model.backbone.parameters(), *model.head.mlp.parameters()]
+    assert all(torch.equal(k, q) for k, q in zip(keys, queries, strict=True))
+    with torch.no_grad():
+        for query in queries:
+            query.add_(torch.randn_like(query))
+    expected = [0.9 * k.detach().double() + 0.1 * q.detach().double() for k, q in zip(keys, queries, strict=True)]
+    model.follow()
+    for key, value in zip(keys, expected, strict=True):
+        torch.testing.assert_close(key.detach().double(), value, rtol=1e-5, atol=1e-6)
+        assert not key.requires_grad
+
+
+def test_the_keys_are_those_of_the_moved_encoder() -> None:
+    model = network(momentum=0.5)
+    with torch.no_grad():
+        for parameter in model.backbone.parameters():
+            parameter.add_(0.1)
+    one, two, labels = batch(4)
+    output = model(one, two, labels)
+    again = torch.nn.functional.normalize(model.key_mlp(model.key_backbone(two)), dim=1)
+    torch.testing.assert_close(output.keys[:4], again)
+
+
+def test_batchformer_doubles_the_queries_and_not_the_keys() -> None:
+    model = network()
+    handle = insert(model, before="auto", num_heads=1)
+    output = model(*batch(4))
+    assert output.logits.shape == (8, K)
+    assert output.queries.shape == (8, 6)
+    assert output.keys.shape == (14, 6)
+    plain, mixed = handle.split(output.anchors)
+    criterion, labels = build_loss("paco", torch.arange(K) + 1), batch(4)[2]
+    assert plain is not None
+    assert mixed is not None
+    losses = [criterion(output.with_anchors(*stream), labels) for stream in (plain, mixed)]
+    torch.stack(losses).mean().backward()
+    encoders = [p for name, p in model.named_parameters() if not name.startswith("key_")]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in encoders)
+    with pytest.raises(TypeError, match=r"PaCoOutput"):
+        handle.split(output)  # keys have other rows: splitting them would be silently wrong
+
+
+def test_eval_is_backbone_and_classifier() -> None:
+    model = network()
+    model(*batch(4))
+    queue = model.queue.clone()
+    model.eval()
+    images = batch(3)[0]
+    expected = model.head.classifier(model.backbone(images))
+    assert torch.equal(model(images), expected)
+    assert torch.equal(model.plain()(images), expected)
+    assert torch.equal(model.queue, queue)
+
+
+def test_the_queue_survives_a_checkpoint() -> None:
+    model = network()
+    model(*batch(4))
+    other = network()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.queue, model.queue)
+    assert int(other.queue_at) == 4
+    first, second = (m(*batch(4, seed=3)) for m in (model, other))
+    assert torch.equal(first.keys, second.keys)
+
+
+def _one_rank(rank: int, world: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    model = network(queue_size=10)
+    outputs = []
+    for step in range(3):
+        size = 2 + rank + step  # uneven, and more than the queue takes in all
+        outputs.append(model(*batch(size, seed=10 * step + rank)))
+    gathered = gather_rows(torch.full((rank + 1, 2), float(rank)))
+    torch.save(
+        {
+            "queue": model.queue,
+            "targets": model.queue_targets,
+            "at": model.queue_at,
+            "keys": [output.keys[: 2 + rank + step] for step, output in enumerate(outputs)],
+            "gathered": gathered,
+        },
+        Path(folder) / f"rank{rank}.pt",
+    )
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_fill_their_queues_alike(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_one_rank, args=(rank, 2, str(tmp_path))) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert ranks[0]["gathered"].tolist() == ranks[1]["gathered"].tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
+    ring, labels, at = torch.zeros(10, 6), [-1] * 10, 0
+    for step in range(3):
+        for rank in range(2):
+            targets = batch(2 + rank + step, seed=10 * step + rank)[2].tolist()
+            for row, label in zip(ranks[rank]["keys"][step], targets, strict=True):
+                ring[at], labels[at] = row, label
+                at = (at + 1) % 10
+    for saved in ranks:
+        assert torch.equal(saved["queue"], ring)
+        assert saved["targets"].tolist() == labels
+        assert int(saved["at"]) == at
+
+
+def test_errors() -> None:
+    model = network()
+    one, two, labels = batch(4)
+    with pytest.raises(ValueError, match=r"two views and class indices"):
+        model(one)
+    with pytest.raises(ValueError, match=r"mixup and cutmix cannot be used"):
+        model(one, two, torch.eye(K)[labels])
+    with pytest.raises(ValueError, match=r"0 <= momentum <= 1"):
+        network(momentum=1.5)
+    with pytest.raises(RuntimeError, match=r"network.plain\(\)"):
+        model.freeze()
