@@ -51,7 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         settings = TrainingArguments(
             scratch, num_train_epochs=arguments.epochs, per_device_train_batch_size=64, per_device_eval_batch_size=256,
-            learning_rate=1e-3, save_strategy="no", report_to=[], disable_tqdm=True, dataloader_drop_last=True,
+            learning_rate=1e-3, save_strategy="no", report_to=[], disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(), logging_strategy="no", dataloader_pin_memory=False,
         )  # fmt: skip
         train = Clothes(folder, train=True, images=arguments.images)

@@ -1,0 +1,140 @@
+"""The rules of the house that a machine can check."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import batchformer
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "batchformer"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+# Who may import whom inside the project; the package itself (the public names of core) is open to examples only.
+ARROWS = {
+    "core": {"core"},
+    "adapters": {"adapters", "core"},
+    "data": {"data"},
+    "tasks": {"tasks", "core", "adapters", "data"},
+    "engine": {"engine", "tasks", "core"},
+    "report": {"report"},
+    "analysis": {"analysis", "core", "adapters"},
+    "cli": {"engine", "report", "data", "analysis", "root"},
+    "root": {"core", "cli", "root"},
+}
+
+
+def part_of(module: str) -> str:
+    names = module.split(".")
+    if len(names) == 1 or names[1] in ("__init__", "__main__"):
+        return "root"
+    return names[1]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Absolute names of the project's modules that a file imports, at any depth of its code."""
+    package = ["batchformer", *path.relative_to(SOURCE).parent.parts]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            found.add(module)
+            # `from . import x` and `from batchformer import x` may name modules.
+            if node.level or module == "batchformer":
+                found.update(f"{module}.{alias.name}" for alias in node.names if (SOURCE / alias.name).exists())
+    return {name for name in found if name.split(".")[0] == "batchformer"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(SOURCE).as_posix())
+def test_imports_follow_the_arrows(path: Path) -> None:
+    relative = path.relative_to(SOURCE)
+    own = relative.parts[0] if len(relative.parts) > 1 else relative.stem.strip("_")
+    own = "root" if own in ("init", "main") else own
+    wrong = {name for name in imports_of(path) if part_of(name) not in ARROWS[own]}
+    assert not wrong, f"{relative} may import {sorted(ARROWS[own])}, but imports {sorted(wrong)}"
+
+
+def test_the_arrow_check_sees_a_wrong_arrow(tmp_path: Path) -> None:
+    assert part_of("batchformer.tasks.longtail.task") == "tasks"
+    assert "tasks" not in ARROWS["core"]
+    assert "batchformer.core.modules" in imports_of(SOURCE / "core" / "surgery.py")
+
+
+def test_no_task_imports_a_task() -> None:
+    for path in (SOURCE / "tasks").rglob("*.py"):
+        own = path.relative_to(SOURCE / "tasks").parts[0]
+        others = {n.split(".")[2] for n in imports_of(path) if n.startswith("batchformer.tasks.")} - {own}
+        assert not others, f"{path} imports {others}"
+
+
+def test_every_task_has_the_same_files() -> None:
+    for folder in (p for p in (SOURCE / "tasks").iterdir() if p.is_dir() and p.name != "__pycache__"):
+        missing = {"README.md", "data.py", "model.py", "loss.py", "metrics.py", "task.py"} - {p.name for p in folder.iterdir()}
+        assert not missing, f"{folder.name} lacks {missing}"
+
+
+def test_file_names_are_nouns_and_files_are_short() -> None:
+    for path in FILES:
+        assert path.stem not in ("utils", "util", "helpers", "helper", "common", "misc"), path
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, f"{path} has more than 400 lines"
+
+
+def test_functions_are_short() -> None:
+    long = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                doc = node.body[0] if ast.get_docstring(node) else None
+                signature = node.body[0].lineno - node.lineno
+                lines = (node.end_lineno or 0) - node.lineno - signature - ((doc.end_lineno or 0) - doc.lineno if doc else 0)
+                if lines > 60:
+                    long.append(f"{path.relative_to(SOURCE)}:{node.name} ({lines})")
+    assert not long
+
+
+def test_core_and_import_need_torch_alone() -> None:
+    code = (
+        "import sys, batchformer\n"
+        "assert 'torch' not in sys.modules, 'the bare import loads torch'\n"
+        "batchformer.insert\n"
+        "extra = {'lightning', 'timm', 'torchvision', 'transformers', 'scipy', 'matplotlib', 'PIL'} & set(sys.modules)\n"
+        "assert not extra, extra\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+
+
+def test_public_names_are_a_promise() -> None:
+    """A name that disappears is a breaking change: edit api_surface.json and the changelog knowingly."""
+    promised = json.loads((Path(__file__).parent / "api_surface.json").read_text(encoding="utf-8"))
+    assert sorted(batchformer.__all__) == promised
+    for name in promised:
+        assert getattr(batchformer, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        batchformer.nothing  # noqa: B018
+
+
+def test_every_version_bound_has_a_reason() -> None:
+    inside, bare = False, []
+    for line in (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines():
+        inside = (inside or line.startswith(("dependencies", "[project.optional"))) and not line.startswith("[tool")
+        if inside and re.search(r'"[A-Za-z].*[>=<]=?\d', line) and "#" not in line:
+            bare.append(line.strip())
+    assert not bare
+
+
+def test_nothing_names_an_index_or_a_machine() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    pattern = re.compile("|".join(("pypi" + r"\.org", "pythonhosted", "npmjs" + r"\.", "debian" + r"\.org", "/ro" + "ot/")))
+    for name in tracked:
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".yaml", ".cff", ""):
+            found = pattern.search(path.read_text(encoding="utf-8", errors="ignore")) if path.is_file() else None
+            assert found is None, f"{name}: {found and found.group()}"
