@@ -137,7 +137,8 @@ def _hue_matrices(turns_N: Tensor) -> Tensor:
     turn = torch.zeros(len(turns_N), 3, 3)
     turn[:, 0, 0] = 1
     turn[:, 1, 1], turn[:, 1, 2], turn[:, 2, 1], turn[:, 2, 2] = cos_N, -sin_N, sin_N, cos_N
-    return torch.linalg.inv(to_yiq) @ turn @ to_yiq
+    matrices: Tensor = torch.linalg.inv(to_yiq) @ turn @ to_yiq
+    return matrices
 
 
 def grayscale(images: Tensor, stream: torch.Generator, probability: float = 0.2) -> Tensor:

@@ -22,7 +22,7 @@ class DataNotFoundError(DataError):
     Example:
         >>> from pathlib import Path
         >>> print(DataNotFoundError("CIFAR-10", [Path("data")], ["Unpack it to data/cifar-10-batches-py."]))
-        CIFAR-10 was not found. Looked in:
+        Could not find CIFAR-10. Looked in:
           data
         What to do:
           - Unpack it to data/cifar-10-batches-py.
@@ -32,7 +32,7 @@ class DataNotFoundError(DataError):
         self.what, self.looked_in, self.ways = what, list(looked_in), list(ways)
         places = "".join(f"\n  {place}" for place in looked_in) or "\n  (nowhere: no place was given)"
         advice = "".join(f"\n  - {way}" for way in ways)
-        super().__init__(f"{what} was not found. Looked in:{places}\nWhat to do:{advice}")
+        super().__init__(f"Could not find {what}. Looked in:{places}\nWhat to do:{advice}")
 
     def __reduce__(self) -> tuple[type["DataNotFoundError"], tuple[str, list[Path], list[str]]]:
         return type(self), (self.what, self.looked_in, self.ways)

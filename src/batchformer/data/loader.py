@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from .errors import DataError
-from .lists import Samples, decode
+from .images import decode
+from .lists import Samples
 from .samplers import EpochSampler, EvalSampler, derive_seed, generator
 from .transforms import BatchAugment, Mix, normalize, seeded
 
@@ -197,6 +198,7 @@ class ImageLoader(_Loader):
             num_workers=num_workers,
             collate_fn=default_collate,
             persistent_workers=num_workers > 0,
+            generator=torch.Generator(),  # else every epoch would take a number from the global stream
             multiprocessing_context=start_method if num_workers > 0 else None,
         )
 

@@ -186,7 +186,7 @@ class EvalSampler(DistributedSampler[int]):
 
     def indices(self, epoch: int | None = None) -> Tensor:
         """Return this rank's indices; they do not depend on the epoch."""
-        own = torch.arange(self.rank, self.size, self.num_replicas)
+        own = torch.arange(self.size)[self.rank :: self.num_replicas]
         return own if len(own) else torch.zeros(1, dtype=torch.int64)
 
     def __iter__(self) -> Iterator[int]:

@@ -1,7 +1,7 @@
 """Augmentation by name, for batches in memory and for single image files alike, and the mixing of samples.
 
 A list of steps such as ``["crop=4", "flip", "autoaugment", "cutout=16"]`` (a name, then numbers after ``=``) is
-what a recipe holds. :func:`batch_augment` turns it into one function of a batch of uint8 images,
+what a recipe holds. :class:`BatchAugment` turns it into one function of a batch of uint8 images,
 :func:`image_augment` into a torchvision pipeline for one Pillow image.
 
 | step | numbers (defaults) | what |

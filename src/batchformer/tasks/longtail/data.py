@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from batchformer.data import fetch, lists
+from batchformer.data import checks, fetch, images
 from batchformer.data.loader import ImageDataset, ImageLoader, TensorLoader
 from batchformer.data.samplers import EpochSampler, EvalSampler, SamplerKind
 from batchformer.data.transforms import SMALL, BatchAugment, Mix, image_augment, image_eval
@@ -148,52 +148,55 @@ class LongTailData(LightningDataModule):
         self._parts: dict[str, Part] | None = None
 
     def prepare_data(self) -> None:
-        """Fetch Fashion-MNIST if it is absent. Called once, by one process."""
+        """Fetch Fashion-MNIST if it is absent; with several processes, check the image files once for all of them."""
         if self.dataset == "fashion-mnist":
             fetch.get(self.dataset, self.root)
+        elif self._ranks()[1] > 1:
+            self._read()
 
     def setup(self, stage: str | None = None) -> None:
         """Read, cut, check and count. A second call does nothing."""
         if self._parts is not None:
             return
-        parts, self.classes = read_parts(self.source)
-        parts["train"] = self._cut(parts["train"])
+        parts, self.classes, self.counts = self._read()
         self.num_classes = len(self.classes)
-        self.counts = torch.bincount(parts["train"].labels, minlength=self.num_classes)
         self.groups = shot_groups(self.counts, self.many_over, self.few_under)
-        self._check_files(parts)
-        self._fix_size(parts)
-        self.mean, self.std = self._statistics(parts["train"])
-        self._parts = parts
-
-    def _cut(self, train: Part) -> Part:
-        if self.n_max is None and self.imbalance_factor is None:
-            return train
-        available = torch.bincount(train.labels, minlength=len(self.classes))
-        permuted = self.class_order == "permuted" or (
-            self.class_order == "auto" and self.dataset not in ("cifar10", "cifar100")
-        )
-        order = class_order(available, self.class_order_seed if permuted else None)
-        profile = long_tail_profile(len(order), self.n_max or int(available.max()), self.imbalance_factor or 1.0)
-        counts = [0] * len(order)
-        for k, count in zip(order, profile, strict=True):
-            counts[k] = count
-        return train.subset(long_tail_indices(train.labels, counts, self.subset_seed))
-
-    def _check_files(self, parts: dict[str, Part]) -> None:
-        lists.check_classes(self.counts, self.classes)
-        for name, samples in {id(part): (name, part.samples) for name, part in parts.items()}.values():
-            if samples is not None:
-                cache = fetch.data_root() / "checked"
-                lists.check_samples(samples, what=name, cache=cache, decode=self.check_images)
         untested = self.num_classes - len(set(parts["test"].labels.tolist()))
         if untested:
             warnings.warn(
                 f"{untested} of {self.num_classes} classes have no test image; their accuracy is left out.",
                 stacklevel=2,
             )
+        self._fix_size(parts)
+        self.mean, self.std = self._statistics(parts["train"])
+        self._parts = parts
 
-    # ------------------------------------------------------------------ sizes and statistics
+    def _read(self) -> tuple[dict[str, Part], list[str], Tensor]:
+        """Return the parts, checked and with the training part cut, the class names and the training counts."""
+        parts, classes = read_parts(self.source)
+        parts["train"] = self._cut(parts["train"], len(classes))
+        counts = torch.bincount(parts["train"].labels, minlength=len(classes))
+        checks.check_classes(counts, classes)
+        for name, samples in {id(part): (name, part.samples) for name, part in parts.items()}.values():
+            if samples is not None:
+                cache = fetch.data_root() / "checked"
+                checks.check_samples(samples, what=name, cache=cache, decode=self.check_images)
+        return parts, classes, counts
+
+    def _cut(self, train: Part, num_classes: int) -> Part:
+        if self.n_max is None and self.imbalance_factor is None:
+            return train
+        available = torch.bincount(train.labels, minlength=num_classes)
+        by_index = self.class_order == "index" or (
+            self.class_order == "auto" and self.dataset in ("cifar10", "cifar100")
+        )
+        order = class_order(available, None if by_index else self.class_order_seed)
+        n_max = int(available.max()) if self.n_max is None else self.n_max
+        profile = long_tail_profile(num_classes, n_max, 1.0 if self.imbalance_factor is None else self.imbalance_factor)
+        counts = [0] * num_classes
+        for k, count in zip(order, profile, strict=True):
+            counts[k] = count
+        return train.subset(long_tail_indices(train.labels, counts, self.subset_seed))
 
     def _fix_size(self, parts: dict[str, Part]) -> None:
         """Choose the working size and bring everything that fits into memory."""
@@ -202,7 +205,7 @@ class LongTailData(LightningDataModule):
             self.in_channels, native = int(train.images.shape[1]), int(train.images.shape[-1])
         else:
             assert train.samples is not None
-            self.in_channels, side = lists.probe(train.samples)
+            self.in_channels, side = images.probe(train.samples)
             native = next((size for most, size in _SIZES if side <= most), 224)
         self.image_size = size = self.image_size or native
         unique = {id(part): part for part in parts.values()}.values()
@@ -211,7 +214,7 @@ class LongTailData(LightningDataModule):
             if part.images is not None and part.images.shape[-1] != size:
                 part.images = TF.resize(part.images, [size, size], antialias=True)
             elif part.samples is not None and needed <= self.memory_gib * 2**30:
-                part.images = lists.decode_all(part.samples, size, self.in_channels)
+                part.images = images.decode_all(part.samples, size, self.in_channels)
 
     def _statistics(self, train: Part) -> tuple[tuple[float, ...], tuple[float, ...]]:
         if self.normalize == "auto" and self.dataset in _STATISTICS:
@@ -219,17 +222,14 @@ class LongTailData(LightningDataModule):
         if self.normalize == "imagenet" or (self.normalize == "auto" and self.in_channels == 3):
             mean, std = IMAGENET
             return (mean, std) if self.in_channels == 3 else ((sum(mean) / 3,), (sum(std) / 3,))
-        images = train.images
-        if images is None:
+        pixels = train.images
+        if pixels is None:
             assert train.samples is not None
-            assert self.image_size is not None
-            some = torch.arange(0, len(train.labels), -(-len(train.labels) // 1000))
-            images = lists.decode_all(train.samples.subset(some), self.image_size, self.in_channels)
-        sample = images[:: -(-len(images) // 20000)].float() / 255
+            some = train.samples.subset(torch.arange(0, len(train.labels), -(-len(train.labels) // 1000)))
+            pixels = images.decode_all(some, self._size(), self.in_channels)
+        sample = pixels[:: -(-len(pixels) // 20000)].float() / 255
         std_C = sample.std((0, 2, 3)).clamp(min=1e-3)
         return tuple(sample.mean((0, 2, 3)).tolist()), tuple(std_C.tolist())
-
-    # ------------------------------------------------------------------ loaders
 
     def train_dataloader(self) -> TensorLoader | ImageLoader:
         """Return the training batches of this process."""

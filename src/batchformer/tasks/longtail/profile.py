@@ -100,7 +100,7 @@ def stratified_split(labels: Tensor, val_fraction: float, test_fraction: float, 
     for k in torch.unique(labels).tolist():
         own = (labels == k).nonzero().squeeze(1)
         own = own[torch.randperm(len(own), generator=generator(seed, int(k)))]
-        n_test = _share(len(own), test_fraction, spare=1)
+        n_test = _share(len(own), test_fraction, spare=2 if val_fraction and len(own) > 2 else 1)
         n_val = _share(len(own), val_fraction, spare=1 + n_test)
         parts["test"].append(own[:n_test])
         parts["val"].append(own[n_test : n_test + n_val])

@@ -53,10 +53,22 @@ class DataFacts:
 def build_network(settings: NetworkSettings, facts: DataFacts) -> LongTailNetwork:
     """The plain network of a run."""
     arguments = asdict(settings)
-    more = arguments.pop("settings")
-    return build_model(
+    more, parts = arguments.pop("settings"), arguments.pop("train_only")
+    network = build_model(
         arguments.pop("backbone"), len(facts.counts), in_channels=facts.in_channels, **arguments, **more
     )
+    _train_only(network, parts)
+    return network
+
+
+def _train_only(network: nn.Module, parts: list[str]) -> None:
+    names = [name for name, _ in network.named_parameters()]
+    if absent := [part for part in parts if not any(name.startswith(part) for name in names)]:
+        known = sorted({".".join(name.split(".")[:2]) for name in names})
+        raise ValueError(f"Expected train_only to name parts out of {', '.join(known)} ..., got {', '.join(absent)}.")
+    for name, parameter in network.named_parameters():
+        if parts and not name.startswith(tuple(parts)):
+            parameter.requires_grad_(False)
 
 
 def second_stage(network: LongTailNetwork, second: str, tau: float) -> nn.Module:

@@ -17,6 +17,8 @@ class NetworkSettings:
         pretrained: Start from timm's ImageNet weights.
         experts: Of RIDE.
         reduced: RIDE's reduced width.
+        train_only: Parts that train, by the beginning of their names (``["backbone.layer4", "classifier"]``); the rest
+            keeps its weights, as usual on Places-LT. Empty: all of it trains. BatchFormer always does.
         settings: More arguments of the network (PaCo: ``queue_size``, ``momentum``, ``embed_dim``; else timm's).
     """
 
@@ -26,6 +28,7 @@ class NetworkSettings:
     pretrained: bool = False
     experts: int = 3
     reduced: bool = True
+    train_only: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
 
 

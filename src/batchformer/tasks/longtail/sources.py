@@ -66,7 +66,7 @@ def read_parts(source: Source) -> tuple[dict[str, Part], list[str]]:
         return _read_arrays(source)
     if source.dataset == "folder" and "train" not in source.lists:
         if source.root is None:
-            raise DataNotFoundError("The image folder", [], ["Give it: --data.root PATH, one sub-folder per class."])
+            raise DataNotFoundError("the image folder", [], ["Give it: --data.root PATH, one sub-folder per class."])
         found = lists.read_folder(source.root)
         return _complete(found, source), next(iter(found.values())).classes
     return _read_lists(source)

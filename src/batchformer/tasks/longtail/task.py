@@ -261,10 +261,10 @@ def learning_rate_factor(step: int, steps: int, epoch_steps: int, settings: Opti
         [0.5, 1.0, 1.0, 0.5, 0.0]
     """
     warmup = round(settings.warmup_epochs * epoch_steps)
+    stride = epoch_steps if settings.per_epoch else 1
+    step = step // stride * stride
     if step < warmup:
-        return settings.warmup_start + (1 - settings.warmup_start) * (step + 1) / warmup
-    if settings.per_epoch:
-        step = step // epoch_steps * epoch_steps
+        return settings.warmup_start + (1 - settings.warmup_start) * min(1.0, (step + stride) / warmup)
     if settings.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0, step - warmup) / max(1, steps - warmup))))
     if settings.schedule == "step":

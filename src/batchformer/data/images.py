@@ -1,0 +1,79 @@
+"""Image files: decoded one by one, looked at by their headers, or decoded all at once into one tensor."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+from .lists import Samples
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+def in_threads(function: Callable[[_T], _R], items: Sequence[_T], title: str) -> list[_R]:
+    """Map in threads, in order, with a progress bar on a terminal."""
+    with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
+        return list(tqdm(pool.map(function, items), title, len(items), disable=None, leave=False))
+
+
+def decode(path: Path, channels: int) -> Image.Image:
+    """Open an image of any kind as 8-bit grey (``channels=1``) or RGB (3), upright and opaque.
+
+    Transparent pixels become white, 16-bit grey is scaled down, camera orientation is applied, the first frame counts.
+
+    Raises:
+        OSError: Pillow cannot decode the file.
+    """
+    with Image.open(path) as opened:
+        image: Image.Image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I") or image.mode == "F":
+            pixels = np.asarray(image, dtype=np.float64)
+            image = Image.fromarray((pixels / (257 if pixels.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+        if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("L" if channels == 1 else "RGB")
+
+
+def probe(samples: Samples, most: int = 2000) -> tuple[int, int]:
+    """Look at the headers of up to ``most`` evenly spaced images.
+
+    Returns:
+        The channels (1 if all are grey, else 3) and the median of the images' short sides in pixels.
+    """
+    step = -(-len(samples) // most)
+    headers = in_threads(partial(_header, samples.root), samples.paths[::step], "reading image sizes")
+    grey = all(is_grey for is_grey, _ in headers)
+    return (1 if grey else 3), int(np.median([side for _, side in headers]))
+
+
+def _header(root: Path, path: str) -> tuple[bool, int]:
+    with Image.open(root / path) as image:
+        return image.mode[0] in "1LIF" and image.mode != "LAB", min(image.size)
+
+
+def decode_all(samples: Samples, size: int, channels: int) -> Tensor:
+    """Decode all images once, short side resized to ``size`` and the centre cut out.
+
+    Returns:
+        uint8 images of shape (M, channels, size, size).
+    """
+    images = torch.empty(len(samples), channels, size, size, dtype=torch.uint8)
+
+    def fill(index: int) -> None:
+        image = ImageOps.fit(
+            decode(samples.root / samples.paths[index], channels), (size, size), Image.Resampling.BILINEAR
+        )
+        images[index] = torch.from_numpy(np.array(image)).view(size, size, channels).permute(2, 0, 1)
+
+    in_threads(fill, range(len(samples)), "decoding images")
+    return images
