@@ -11,22 +11,21 @@ the keys were gathered from several processes (:mod:`batchformer.core.distribute
 """
 
 import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 Attend = Literal["batch", "self"]
 Gather = Callable[[Tensor], Tensor]
 
 # Below this size torch's own dropout is used, so that small layers draw the very random numbers of torch's layer.
 _SMALL = 2**13
-# Attention weights held at once on the CPU (elements): more are worked off in blocks of queries and recomputed in
-# the backward pass, which keeps memory linear in the batch.
-_BLOCK = 2**22
+# Attention weights worked on at once on the CPU (elements).
+_TILE = 2**18
 
 
 class LayerWeights(NamedTuple):
@@ -46,7 +45,7 @@ class LayerWeights(NamedTuple):
     norm2_bias: Tensor  # (C,)
 
 
-def dropout(x: Tensor, p: float) -> Tensor:
+def dropout(x: Tensor, p: float, *, inplace: bool = False) -> Tensor:
     """Dropout in training, with cheap random numbers on the CPU.
 
     torch draws one Bernoulli number for each element, which on the CPU costs as much as a matrix product. Here one
@@ -69,14 +68,20 @@ def dropout(x: Tensor, p: float) -> Tensor:
     if p == 0.0:
         return x
     if p == 1.0 or x.device.type != "cpu" or x.numel() < _SMALL or torch.compiler.is_compiling():
-        return F.dropout(x, p)
+        return F.dropout(x, p, inplace=inplace)
+    keep = _keep_mask(x, p)
+    return x.mul_(keep) if inplace else x * keep
+
+
+def _keep_mask(like: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
+    """What :func:`dropout` multiplies with: 0 or ``1 / (1 - p)``, of the shape and dtype of ``like``."""
     bits, lanes, dtype = (8, 8, torch.int8) if (p * 256).is_integer() else (16, 4, torch.int16)
     levels = 2**bits
     dropped = min(max(round(p * levels), 1), levels - 1)
-    draws = torch.empty(-(-x.numel() // lanes), dtype=torch.int64).random_(-(2**63), None)
-    lane = draws.view(dtype)[: x.numel()].view(x.shape)
-    keep = (lane >= dropped - levels // 2).to(x.dtype).mul_(levels / (levels - dropped))
-    return x * keep
+    draws = torch.empty(-(-like.numel() // lanes), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    lane = draws.view(dtype)[: like.numel()].view(like.shape)
+    keep = torch.ge(lane, dropped - levels // 2, out=torch.empty(like.shape, dtype=like.dtype))
+    return keep.mul_(levels / (levels - dropped))
 
 
 def attention_allowed(
@@ -121,40 +126,91 @@ def attend_over_batch(
     N, T, C = q_NTC.shape
     M = k_MTC.shape[0]
     q_THND, k_THMD, v_THMD = (x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for x in (q_NTC, k_MTC, v_MTC))
-    if drop == 0.0 or q_NTC.device.type != "cpu" or torch.compiler.is_compiling():
+    if drop in (0.0, 1.0) or q_NTC.device.type != "cpu" or torch.compiler.is_compiling():
         out = F.scaled_dot_product_attention(q_THND, k_THMD, v_THMD, attn_mask=allowed, dropout_p=drop)
-    elif T * num_heads * N * M <= 4 * _BLOCK:
-        out = _explicit_attention(q_THND, k_THMD, v_THMD, allowed, drop)
+    elif T * num_heads * N * M < _SMALL:
+        out = torch.matmul(dropout(_attention_weights(q_THND, k_THMD, allowed), drop), v_THMD)
     else:
-        rows = max(1, _BLOCK // (T * num_heads * M))
-        blocks = []
-        for start in range(0, N, rows):
-            stop = min(start + rows, N)
-            block_allowed = allowed if allowed is None or allowed.shape[-2] == 1 else allowed[..., start:stop, :]
-            block: Tensor = checkpoint(  # type: ignore[no-untyped-call]  # torch's stub
-                _explicit_attention,
-                q_THND[..., start:stop, :],
-                k_THMD,
-                v_THMD,
-                block_allowed,
-                drop,
-                use_reentrant=False,
-            )
-            blocks.append(block)
-        out = torch.cat(blocks, dim=-2)
+        out = _TiledAttention.apply(q_THND, k_THMD, v_THMD, allowed, drop)  # type: ignore[no-untyped-call]
     return out.permute(2, 0, 1, 3).reshape(N, T, C)
 
 
-def _explicit_attention(
-    q_THND: Tensor, k_THMD: Tensor, v_THMD: Tensor, allowed: Tensor | None, drop: float
-) -> Tensor:
-    """The formula written out: on the CPU torch has no fused kernel with dropout."""
+def _attention_weights(q_THND: Tensor, k_THMD: Tensor, allowed: Tensor | None) -> Tensor:
     scores_THNM = torch.matmul(q_THND * (1.0 / math.sqrt(q_THND.shape[-1])), k_THMD.transpose(-2, -1))
     if allowed is not None:
         scores_THNM = scores_THNM.masked_fill(~allowed, float("-inf"))
     # Half precision keeps too few digits for a sum over thousands of samples: softmax in fp32 (fp64 stays fp64).
-    weights_THNM = torch.softmax(scores_THNM, dim=-1, dtype=_at_least_fp32(scores_THNM)).to(v_THMD.dtype)
-    return torch.matmul(dropout(weights_THNM, drop), v_THMD)
+    return torch.softmax(scores_THNM, dim=-1, dtype=_at_least_fp32(scores_THNM)).to(q_THND.dtype)
+
+
+class _TiledAttention(torch.autograd.Function):
+    """Attention with dropout in tiles that stay in the processor's cache (torch has no fused CPU kernel with dropout).
+
+    The backward pass computes the tiles anew, with the same dropout, so memory is linear in the batch.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_THND: Tensor, k_THMD: Tensor, v_THMD: Tensor, allowed: Tensor | None, drop: float
+    ) -> Tensor:
+        k_THMD, v_THMD = k_THMD.contiguous(), v_THMD.contiguous()
+        ctx.save_for_backward(q_THND, k_THMD, v_THMD, allowed)
+        ctx.drop, ctx.seed = drop, int(torch.empty((), dtype=torch.int64).random_())
+        generator = torch.Generator().manual_seed(ctx.seed)
+        out_THND = _samples_first(q_THND)
+        for queries, keys in _tiles(q_THND, k_THMD.shape[2]):
+            weights = _attention_weights(q_THND[queries], k_THMD[keys], _cut(allowed, queries))
+            weights.mul_(_keep_mask(weights, drop, generator))
+            out_THND[queries] = torch.matmul(weights, v_THMD[keys])
+        return out_THND
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch's stub
+    def backward(ctx: Any, grad_THND: Tensor) -> tuple[Tensor | None, ...]:
+        q_THND, k_THMD, v_THMD, allowed = ctx.saved_tensors
+        generator = torch.Generator().manual_seed(ctx.seed)
+        scale = 1.0 / math.sqrt(q_THND.shape[-1])
+        grad_q, grad_k, grad_v = _samples_first(q_THND), _samples_first(k_THMD).zero_(), _samples_first(v_THMD).zero_()
+        for queries, keys in _tiles(q_THND, k_THMD.shape[2]):
+            q, k, grad = q_THND[queries], k_THMD[keys], grad_THND[queries]
+            weights = _attention_weights(q, k, _cut(allowed, queries))
+            keep = _keep_mask(weights, ctx.drop, generator)
+            grad_v[keys] += torch.matmul((weights * keep).transpose(-2, -1), grad)
+            grad_weights = torch.matmul(grad, v_THMD[keys].transpose(-2, -1)).mul_(keep)
+            # Softmax: each score gets its weight times (own gradient minus the weighted mean of the row's).
+            mean = torch.linalg.vecdot(grad_weights, weights).unsqueeze(-1)
+            grad_scores = grad_weights.sub_(mean).mul_(weights).mul_(scale)
+            grad_q[queries] = torch.matmul(grad_scores, k)
+            grad_k[keys] += torch.matmul(grad_scores.transpose(-2, -1), q)
+        return grad_q, grad_k, grad_v, None, None
+
+
+Slices = tuple[slice, ...]
+
+
+def _tiles(q_THND: Tensor, keys: int) -> Iterator[tuple[Slices, Slices]]:
+    """Indices (T, H, N) of queries to work on together, and (T, H) of their keys."""
+    T, H, N, _ = q_THND.shape
+    positions = max(1, _TILE // (H * N * keys))
+    heads = H if H * N * keys <= _TILE else 1
+    rows = max(1, _TILE // keys)
+    for t in range(0, T, positions):
+        for h in range(0, H, heads):
+            for n in range(0, N, rows):
+                place = slice(t, t + positions), slice(h, h + heads)
+                yield (*place, slice(n, n + rows)), place
+
+
+def _samples_first(like_THND: Tensor) -> Tensor:
+    """An empty tensor of this shape with samples outermost in memory, the order of the linear layers around."""
+    T, H, N, D = like_THND.shape
+    return like_THND.new_empty(N, T, H, D).permute(1, 2, 0, 3)
+
+
+def _cut(allowed: Tensor | None, queries: Slices) -> Tensor | None:
+    if allowed is None:
+        return None
+    return allowed[tuple(part if size > 1 else slice(None) for part, size in zip(queries, allowed.shape, strict=False))]
 
 
 def _at_least_fp32(x: Tensor) -> torch.dtype:
@@ -208,9 +264,9 @@ def encoder_layer(
         x_NTC.shape[0], k_MTC.shape[0], offset=offset, attend=attend, padding_MT=padding_MT, device=x_NTC.device
     )
     mixed_NTC = attend_over_batch(q_NTC, k_MTC, v_MTC, num_heads, drop=drop, allowed=allowed)
-    mixed_NTC = dropout(F.linear(mixed_NTC, w.out_proj_weight, w.out_proj_bias), drop)
+    mixed_NTC = dropout(F.linear(mixed_NTC, w.out_proj_weight, w.out_proj_bias), drop, inplace=True)
     h_NTC = F.layer_norm(x_NTC + mixed_NTC, x_NTC.shape[-1:], w.norm1_weight, w.norm1_bias, eps)
-    hidden = dropout(F.relu(F.linear(h_NTC, w.linear1_weight, w.linear1_bias)), drop)
-    out_NTC = h_NTC + dropout(F.linear(hidden, w.linear2_weight, w.linear2_bias), drop)
+    hidden = dropout(F.relu(F.linear(h_NTC, w.linear1_weight, w.linear1_bias), inplace=True), drop)
+    out_NTC = h_NTC + dropout(F.linear(hidden, w.linear2_weight, w.linear2_bias), drop, inplace=True)
     out_NTC = F.layer_norm(out_NTC, x_NTC.shape[-1:], w.norm2_weight, w.norm2_bias, eps)
     return out_NTC if padding_NT is None else torch.where(padding_NT[..., None], x_NTC.to(out_NTC.dtype), out_NTC)

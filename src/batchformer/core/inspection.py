@@ -142,14 +142,10 @@ def _effect(model: nn.Module, handle: Any) -> str:
         return "in training the N mixed rows alone from there on; in eval() the plain network"
     names = [name for name, module in model.named_modules() if name and not name.startswith(handle.prefix)]
     first = handle.places[0]
-    followers = [first.name] if first.where == "before" else names[names.index(first.name) + 1 :]
-    inside = f"{first.name}."
-    tops = [n for n in followers if not n.startswith(inside)]
+    followers = [p.name for p in handle.places] if first.where == "before" else names[names.index(first.name) + 1 :]
+    tops = [name for name in followers if not name.startswith(f"{first.name}.")]
     shown = repr(tops[-1]) if tops else "the end"
-    companions = "; ".join(
-        f"{', '.join(arguments)} of {name or 'the model'!r} doubled" for name, arguments in handle.plan.companions.items()
-    )
-    return (
-        f"in training 2N rows [plain; mixed] from there on through {shown}; in eval() the plain network"
-        + (f"; {companions}" if companions else "")
-    )
+    effect = f"in training 2N rows [plain; mixed] from there on through {shown}; in eval() the plain network"
+    for name, inputs in handle.plan.companions.items():
+        effect += f"; {', '.join(inputs)} of {repr(name) if name else 'the model'} doubled"
+    return effect

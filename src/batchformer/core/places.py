@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol, cast
 
 from torch import nn
 
+from .modules import BatchFormer
+
 # Top-level package of a model's class -> the module that knows such models (it has `find_classifier(model) -> Plan`).
 ADAPTERS: dict[str, str] = {
     "timm": "batchformer.adapters.timm",
@@ -75,18 +77,20 @@ def find_places(model: nn.Module, names: str | Sequence[str], where: Literal["be
     Raises:
         ValueError: For a name that matches nothing, with the nearest ones.
     """
-    known = [name for name, _ in model.named_modules() if name]
+    first_name = {id(module): name for name, module in model.named_modules() if name}
+    # A module may have several names; it is one place, under its first name.
+    known = {name: first_name[id(m)] for name, m in model.named_modules(remove_duplicate=False) if name}
     found: set[str] = set()
     for wanted in [names] if isinstance(names, str) else names:
-        pattern = re.compile(re.escape(wanted).replace(r"\*", r"[^.]+"))
-        matches = [name for name in known if pattern.fullmatch(name)]
+        pattern = re.compile(re.escape(wanted).replace(r"\*", r"[^.]*"))
+        matches = [first for name, first in known.items() if pattern.fullmatch(name)]
         if not matches:
-            near = difflib.get_close_matches(wanted, known, n=5, cutoff=0.4) or known[-5:]
+            near = difflib.get_close_matches(wanted, known, n=5, cutoff=0.4) or list(known)[-5:]
             raise ValueError(f"Expected the name of a module, but nothing matches {wanted!r}. Near to it: {near}.")
         found.update(matches)
     if not found:
         raise ValueError("Expected at least one module name, got none.")
-    places = tuple(Place(name, where) for name in known if name in found)
+    places = tuple(Place(name, where) for name in first_name.values() if name in found)
     adapter = adapter_of(model)
     return Plan(places, {} if adapter is None else adapter.companions(model, places))
 
@@ -100,36 +104,52 @@ def find_classifier(model: nn.Module) -> Plan:
     adapter = adapter_of(model)
     if adapter is not None:
         return adapter.find_classifier(model)
-    if callable(getattr(model, "get_classifier", None)):
-        found = model.get_classifier()  # type: ignore[operator]
-        modules = tuple(found) if isinstance(found, tuple | list | nn.ModuleList) else (found,)
-        return Plan(tuple(Place(name_of(model, module), "before") for module in modules))
+    if offered := offered_classifiers(model):
+        return Plan(places_before(model, offered))
     return Plan((Place(last_linear(model), "before"),))
 
 
-def last_linear(model: nn.Module, inside: str = "") -> str:
+def offered_classifiers(model: nn.Module) -> list[nn.Module]:
+    """What ``model.get_classifier()`` gives (a module, or modules in tuples and lists), flat; empty without it."""
+
+    def flat(found: Any) -> list[nn.Module]:
+        if isinstance(found, tuple | list | nn.ModuleList):
+            return [module for part in found for module in flat(part)]
+        return [found]
+
+    return flat(model.get_classifier()) if callable(getattr(model, "get_classifier", None)) else []  # type: ignore[operator]
+
+
+def places_before(model: nn.Module, modules: Iterable[nn.Module]) -> tuple[Place, ...]:
+    """Places in front of these modules of ``model``."""
+    return tuple(Place(name_of(model, module), "before") for module in modules)
+
+
+def last_linear(model: nn.Module, part: nn.Module | None = None) -> str:
     """Name of the one ``Linear`` that nothing with parameters comes after.
 
     Args:
         model: The whole model.
-        inside: Name of a part to look in; all of the model by default.
+        part: The part of it to look in; all of it by default.
 
     Raises:
-        ValueError: When the last module with parameters is no ``Linear``, or another ``Linear`` has the same input
-            width and sits beside it (two heads).
+        ValueError: When the last module with parameters is no ``Linear``, or when the run of ``Linear`` that it ends
+            does not fit together (two heads, one beside the other).
     """
-    part = model.get_submodule(inside)
-    prefix = f"{inside}." if inside else ""
-    leaves = [(prefix + n if n else inside, m) for n, m in part.named_modules() if _is_leaf(m)]
-    linears = [name for name, m in leaves if isinstance(m, nn.Linear)]
-    last = leaves[-1] if leaves else None
-    if last is None or not isinstance(last[1], nn.Linear):
-        raise _ambiguous(linears, f"its last module with parameters is {last[0] if last else 'nothing'!r}")
-    if len(leaves) > 1 and isinstance(leaves[-2][1], nn.Linear):
-        beside = leaves[-2][1]
-        if beside.in_features == last[1].in_features and beside.out_features != last[1].in_features:
-            raise _ambiguous(linears, f"{leaves[-2][0]!r} and {last[0]!r} read the same features")
-    return last[0]
+    part = model if part is None else part
+    ours = {id(m) for module in part.modules() if isinstance(module, BatchFormer) for m in module.modules()}
+    leaves = [m for m in part.modules() if _is_leaf(m) and id(m) not in ours]
+    last = leaves.pop() if leaves else None
+    if last is None or not isinstance(last, nn.Linear):
+        found = repr(name_of(model, last)) if last else "missing"
+        raise no_classifier(model, f"its last module with parameters is {found}, no Linear")
+    linear = last
+    while leaves and isinstance(before := leaves.pop(), nn.Linear):
+        if before.out_features != linear.in_features:
+            names = name_of(model, before), name_of(model, linear)
+            raise no_classifier(model, f"{names[0]!r} does not lead into {names[1]!r}: there may be several heads")
+        linear = before
+    return name_of(model, last)
 
 
 def name_of(model: nn.Module, wanted: nn.Module) -> str:
@@ -139,13 +159,10 @@ def name_of(model: nn.Module, wanted: nn.Module) -> str:
         ValueError: When it is not there, or has no parameters (``num_classes=0`` leaves an ``Identity``).
     """
     if not any(True for _ in wanted.parameters()):
-        raise _ambiguous(
-            [name for name, m in model.named_modules() if isinstance(m, nn.Linear)],
-            f"it has no classifier (a {type(wanted).__name__} stands there)",
-        )
+        raise no_classifier(model, f"a {type(wanted).__name__} without parameters stands in its place")
     for name, module in model.named_modules():
         if module is wanted:
-            return name
+            return str(name)
     raise ValueError(f"Expected a module of the model, got a {type(wanted).__name__} that is not inside it.")
 
 
@@ -174,8 +191,10 @@ def _is_leaf(module: nn.Module) -> bool:
     return any(True for _ in module.parameters(recurse=False))
 
 
-def _ambiguous(candidates: Iterable[str], why: str) -> ValueError:
-    shown = list(candidates)[-8:]
+def no_classifier(model: nn.Module, why: str) -> ValueError:
+    """The error for ``before="auto"``, with the candidates."""
+    candidates = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)][-8:]
     return ValueError(
-        f"Expected a model with one classifier for before='auto', but {why}. Name it: before=... with one of {shown}."
+        f"Expected a model with one classifier for before='auto', but {why}. Name the module: before=... with one of "
+        f"{candidates}."
     )

@@ -1,93 +1,28 @@
 """Put the module into a model that nobody edited, and take it out again.
 
-Insertion is forward hooks on named modules. The first point of a pass doubles the batch, [plain; mixed]; at later
-points only the mixed half attends; points that each see the undoubled batch (the classifiers of several experts) are
-parallel branches, and each doubles. Hooks are methods of plain objects, so a model with the module in it can be
-copied, pickled, compiled and wrapped in DDP or FSDP.
+Insertion is forward hooks on named modules (:mod:`batchformer.core.points`). The first point of a pass doubles the
+batch, [plain; mixed]; at later points only the mixed half attends; points that each see the undoubled batch (the
+classifiers of several experts) are parallel branches, and each doubles. All this holds for the points of one
+:func:`insert` as for those of several into one model, which is why every insertion goes into the whole model.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from . import streams
 from .modules import BatchFormer
 from .notices import BatchFormerWarning
-from .places import Place, Plan, find_places, find_classifier, width_of
+from .places import Plan, find_classifier, find_places, width_of
+from .points import Companions, Pass, Passenger, Point, input_names, points_in
 
 T = TypeVar("T")
 _HANDLES = "_batchformer_handles"
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
 Names = str | Sequence[str]
-
-
-@dataclass(eq=False)
-class _Pass:
-    """What the points of one forward pass know of each other."""
-
-    rows: int | None = None  # samples before the doubling
-    roles: dict[str, Literal["first", "later"]] = field(default_factory=dict)
-
-
-class _Point:
-    """One place of insertion: the hook that runs there."""
-
-    def __init__(self, place: Place, module: BatchFormer, state: _Pass) -> None:
-        self.place = place
-        self.module = module
-        self.state = state
-
-    def before(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not self.module.training:
-            return None
-        return (self.mix(args[0]), *args[1:])
-
-    def after(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not self.module.training:
-            return None
-        if isinstance(output, tuple):
-            return (self.mix(output[0]), *output[1:])
-        return self.mix(output)
-
-    def mix(self, x: Any) -> Tensor:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"Expected a tensor {self.place}, got {type(x).__name__}. Insert at another place.")
-        if self.module.mode == "single_stream":
-            return self.module.mix(x)
-        if self._role(x) == "first":
-            return cast(Tensor, self.module(x))
-        plain, mixed = streams.split(x)
-        return torch.cat((plain, self.module.mix(mixed)))
-
-    def _role(self, x: Tensor) -> Literal["first", "later"]:
-        # A role is settled once in a pass; activation checkpointing runs the hook again and must get the same answer.
-        name = self.place.name
-        if name not in self.state.roles:
-            if self.state.rows is None:
-                self.state.rows = x.shape[0]
-            if x.shape[0] not in (self.state.rows, 2 * self.state.rows):
-                raise ValueError(
-                    f"Expected {self.state.rows} or {2 * self.state.rows} rows {self.place}, got {x.shape[0]}: between "
-                    "two points of insertion the model changes the batch. Insert these points separately."
-                )
-            self.state.roles[name] = "first" if x.shape[0] == self.state.rows else "later"
-        return self.state.roles[name]
-
-
-class _Passenger(nn.Module):
-    """Carries the module inside an ``nn.Sequential``, which would call it: passes its input on."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: T) -> T:
-        """The identity."""
-        return x
 
 
 class Handle:
@@ -98,13 +33,13 @@ class Handle:
         places: Where they were inserted.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, modules: list[BatchFormer], prefix: str) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, modules: list[BatchFormer], prefix: str, state: Pass) -> None:
         self.modules = modules
         self.places = plan.places
         self.plan = plan
         self.prefix = prefix
         self._model = model
-        self._state = _Pass()
+        self._state = state
         self._hooks: list[Any] = []
         self._attach()
 
@@ -120,6 +55,7 @@ class Handle:
             targets: See :func:`batchformer.expand`.
 
         Example:
+            >>> import torch
             >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
             >>> handle = insert(model, before="1")
             >>> handle.expand(torch.tensor([0, 2]))
@@ -187,35 +123,32 @@ class Handle:
     def _attach(self) -> None:
         modules = self.modules * (len(self.places) if len(self.modules) == 1 else 1)
         for place, module in zip(self.places, modules, strict=True):
-            point = _Point(place, module, self._state)
             target = self._model.get_submodule(place.name)
+            point = Point(place, module, self._state, input_names(target))
             self._hooks.append(
-                target.register_forward_pre_hook(point.before)
+                target.register_forward_pre_hook(point.before, with_kwargs=True)
                 if place.where == "before"
                 else target.register_forward_hook(point.after)
             )
         self._hooks.append(self._model.register_forward_pre_hook(self._begin_pass))
-        for name in self.plan.companions:
-            hook = _Companions(self, self.plan.companions[name]).double
-            self._hooks.append(self._model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
+        self._hooks.append(self._model.register_forward_hook(self._end_pass))
+        for name, inputs in self.plan.companions.items():
+            target = self._model.get_submodule(name)
+            doubles = functools.partial(self._doubles_inputs_of, name)
+            companions = Companions(inputs, input_names(target), doubles)
+            self._hooks.append(target.register_forward_pre_hook(companions.double, with_kwargs=True))
 
     def _begin_pass(self, *_: Any) -> None:
         if self.modules[0].training:
-            self._state.rows = None
-            self._state.roles = {}
+            self._state.begin()
 
+    def _end_pass(self, *_: Any) -> None:
+        self._state.running = False
 
-class _Companions:
-    """Doubles named inputs (labels, masks, positions) of a module that gets doubled features."""
-
-    def __init__(self, handle: Handle, names: tuple[str, ...]) -> None:
-        self.handle = handle
-        self.names = names
-
-    def double(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if not self.handle.doubles:
-            return None
-        return args, {k: streams.expand(v) if k in self.names else v for k, v in named.items()}
+    def _doubles_inputs_of(self, name: str) -> bool:
+        # Of several insertions into one model, one doubles each companion.
+        doubling = (handle for handle in _handles(self._model) if handle.doubles and name in handle.plan.companions)
+        return next(doubling, None) is self
 
 
 def insert(
@@ -245,6 +178,7 @@ def insert(
         BatchFormer, section 3; BatchFormerV2, section 3.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> handle = insert(model, before="auto")
         >>> model(torch.randn(5, 4)).shape
@@ -255,20 +189,22 @@ def insert(
     _refuse_wrapped(model)
     if (before is None) == (after is None):
         raise ValueError("Expected exactly one of before= and after=. Take before='auto' for the classifier.")
+    if after == "auto":
+        raise ValueError("Expected module names for after=, got 'auto'. Take before='auto' for the classifier.")
     names = before if before is not None else after
     where: Literal["before", "after"] = "before" if before is not None else "after"
     plan = find_classifier(model) if names == "auto" else find_places(model, cast(Names, names), where)
-    for handle in _handles(model):
-        if taken := [str(place) for place in plan.places if place in handle.places]:
-            raise ValueError(f"Expected a free place, but there is a BatchFormer {', '.join(taken)}. remove() it first.")
+    state = _shared_state(model, plan)
     layer = {**plan.layer, **layer}
     widths = [layer.pop("dim")] * len(plan.places) if "dim" in layer else [width_of(model, p) for p in plan.places]
     if share and len(set(widths)) > 1:
-        raise ValueError(f"Expected one width to share weights over {len(widths)} points, got {widths}. Pass share=False.")
+        raise ValueError(
+            f"Expected one width to share weights over {len(widths)} points, got {widths}. Pass share=False."
+        )
     modules = [BatchFormer(width, **layer) for width in (widths[:1] if share else widths)]
     _follow(model, modules)
     prefix = _register(model, modules, plan, share)
-    handle = Handle(model, plan, modules, prefix)
+    handle = Handle(model, plan, modules, prefix, state)
     if not hasattr(model, _HANDLES):
         setattr(model, _HANDLES, [])
     _handles(model).append(handle)
@@ -299,12 +235,28 @@ def _handles(model: nn.Module) -> list[Handle]:
     return cast(list[Handle], getattr(model, _HANDLES, []))
 
 
+def _shared_state(model: nn.Module, plan: Plan) -> Pass:
+    """What the insertions into ``model`` so far share, after a check that the new places go with them."""
+    handles = _handles(model)
+    if taken := [str(place) for place in plan.places if any(place in handle.places for handle in handles)]:
+        raise ValueError(f"Expected a free place, but there is a BatchFormer {', '.join(taken)}. remove() it first.")
+    state = handles[0]._state if handles else Pass()
+    if other := [str(point.place) for point in points_in(model) if point.state is not state]:
+        raise ValueError(
+            f"Expected all insertions on one model, but there is a BatchFormer {', '.join(other)} that was inserted "
+            "into a part of this model, or into a model that this is a part of. remove() it and insert both into the "
+            "whole model: the first point doubles the batch, and later ones must know."
+        )
+    return state
+
+
 def _refuse_wrapped(model: nn.Module) -> None:
     wrapped = [type(m).__name__ for m in model.modules() if type(m).__name__ in _WRAPPERS or "FSDP" in type(m).__name__]
+    wrapped += ["model.compile()" for m in model.modules() if m._compiled_call_impl is not None]
     if wrapped:
         raise RuntimeError(
-            f"Expected a plain model, got one wrapped in {wrapped[0]}. Insert first, then wrap: the module's parameters "
-            "must be there when the wrapper looks for them."
+            f"Expected a plain model, got one wrapped in {wrapped[0]}. Insert first, then wrap: the module's "
+            "parameters must be there when the wrapper looks for them."
         )
 
 
@@ -325,9 +277,12 @@ def _register(model: nn.Module, modules: list[BatchFormer], plan: Plan, share: b
         holder = nn.ModuleDict()
         for place, module in zip(plan.places, modules, strict=True):
             module.inserted_at = str(place)
-            holder[place.name.replace(".", "_")] = module
+            name = place.name.replace(".", "_")
+            while hasattr(holder, name):
+                name += "_"
+            holder[name] = module
     if isinstance(model, nn.Sequential):
-        holder = _Passenger(holder)
+        holder = Passenger(holder)
     prefix = "batchformer"
     while hasattr(model, prefix):
         prefix += "_"
@@ -347,12 +302,14 @@ def _evaluate_in_batch(
             BatchFormerWarning,
             stacklevel=3,
         )
-    # Only the outer module is switched: its layers, and their dropout, stay in eval().
+    # Only the outer module is switched: its layers, and their dropout, stay in eval(). Its own dropout is that of a
+    # control without layers.
+    drops = [module.drop for module in modules]
     for module in modules:
-        module.training = True
+        module.training, module.drop = True, 0.0
     try:
         outputs = model(*inputs, **named)
     finally:
-        for module in modules:
-            module.training = False
+        for module, drop in zip(modules, drops, strict=True):
+            module.training, module.drop = False, drop
     return streams.split(outputs) if modules[0].mode == "two_stream" else (None, outputs)

@@ -41,7 +41,8 @@ class _Cli(LightningCLI):
         try:
             # jsonargparse prints its usage on an error; ours lists every problem instead.
             with contextlib.redirect_stderr(io.StringIO()):
-                super().parse_arguments(parser, args)
+                # Not super(): it warns of every command line that it does not read itself.
+                self.config = parser.parse_args(args)
         except (ArgumentError, SystemExit) as error:
             raise ConfigError(_all_problems(parser, list(args), error)) from None
 

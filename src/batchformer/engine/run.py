@@ -76,6 +76,8 @@ def fit(
     trainer.fit(task, cli.datamodule, ckpt_path=checkpoint if going_on else None, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
+    if trainer.max_epochs == 0:
+        trainer.save_checkpoint(checkpoint)  # tau-normalization trains nothing, and is a run like any other
     trainer.test(task, cli.datamodule, verbose=False)
     result = _result(cli, name, cost, {k: float(v) for k, v in trainer.callback_metrics.items()})
     if trainer.is_global_zero:
@@ -180,7 +182,15 @@ def _quiet() -> None:
     """Lightning's notes on hardware and tips are no news to the user of a recipe."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for message in (".*does not have many workers.*", ".*smaller than the logging interval.*", ".*LeafSpec.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*smaller than the logging interval.*",
+        ".*LeafSpec.*",
+        ".*callbacks used to create the checkpoint.*",  # `test` needs none of them
+        ".*exists and is not empty.*",  # of a resumed run
+        ".*dirpath has changed.*",  # of a run folder that was moved, or named from elsewhere
+        ".*in eval mode at the start of training.*",  # the frozen part of a second stage
+    ):
         warnings.filterwarnings("ignore", message, module="lightning")
 
 

@@ -85,7 +85,8 @@ class LongTailTask(LightningModule):
                 self.handle = self._insert(self.network)
         if self.channels_last or (self.channels_last is None and "bf16" in str(self.trainer.precision)):
             self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._run_network = torch.compile(self.network) if self.compiles else self.network
+        if self.compiles:
+            self.network.compile()  # in place: the names in a checkpoint stay
         counts = torch.tensor(self.facts.counts)
         self.criterion: Criterion = build_loss(self.loss_settings.name, counts, **self.loss_settings.settings)
         # In a list, so that the teacher is no part of this module: neither trained nor saved.
@@ -121,6 +122,10 @@ class LongTailTask(LightningModule):
 
     # ---------------------------------------------------------------- steps
 
+    def forward(self, *inputs: Any) -> Any:
+        """What the network returns."""
+        return cast(nn.Module, self.network)(*inputs)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make dropout a function of (seed, epoch, batch): a resumed run draws what an uninterrupted one drew."""
         torch.manual_seed(derive_seed(self.seed, 2, self.current_epoch, batch_idx, self.global_rank))
@@ -130,10 +135,10 @@ class LongTailTask(LightningModule):
         images, targets = batch
         if isinstance(images, list | tuple):
             images, second = (self._format(view) for view in images)
-            loss = self._loss(self._run_network(images, second, targets), targets, images)
+            loss = self._loss(self(images, second, targets), targets, images)
         else:
             images = self._format(images)
-            loss = self._loss(self._run_network(images), targets, images)
+            loss = self._loss(self(images), targets, images)
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
                 f"Expected a finite loss, got {loss.item()} in epoch {self.current_epoch}, batch {batch_idx}. Lower "
@@ -179,7 +184,7 @@ class LongTailTask(LightningModule):
 
     def _evaluate(self, batch: Any, split: str) -> None:
         images, targets = batch
-        outputs = self._run_network(self._format(images))
+        outputs = self(self._format(images))
         if isinstance(outputs, RoutedOutput):
             self.log(f"{split}_experts_used", outputs.experts_used, batch_size=len(targets))
             outputs = outputs.logits
