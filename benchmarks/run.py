@@ -1,0 +1,235 @@
+"""Speed and memory of the layer and of a model with it: ratios against a reference in the same run.
+
+python benchmarks/run.py                  everything, about 15 minutes on two cores
+python benchmarks/run.py --only layer     one of layer, memory, model, growth
+
+Prints Markdown tables and writes them to benchmarks/results/.
+"""
+
+import argparse
+import gc
+import json
+import math
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchformer import BatchFormer, insert
+
+SHAPES = [(128, 512), (128, 2048), (4096, 256), (2, 1000, 256), (2, 10000, 256), (8, 4000, 256), (64, 197, 192)]
+ROWS = [256, 512, 1024, 2048, 4096, 8192]
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+Table = tuple[str, list[str], list[list[str]]]
+
+
+def torch_layer(dim: int) -> Callable[[Tensor], Tensor]:
+    """torch's layer used as the published code uses it: the batch as the sequence, (N, C) with an axis put in."""
+    layer = nn.TransformerEncoderLayer(dim, 4, dim, 0.5).to(DEVICE)
+
+    def mix(x: Tensor) -> Tensor:
+        out: Tensor = layer(x.unsqueeze(1)).squeeze(1) if x.dim() == 2 else layer(x)
+        return out
+
+    return mix
+
+
+def our_layer(dim: int) -> Callable[[Tensor], Tensor]:
+    return BatchFormer(dim).to(DEVICE).mix
+
+
+def step_of(layer: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Callable[[], None]:
+    """Forward and backward, in bf16 autocast on a GPU and fp32 on a CPU."""
+    x = torch.randn(shape, device=DEVICE, requires_grad=True)
+    gradient = torch.randn(shape, device=DEVICE)
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=CUDA):
+            out = layer(x)
+        out.float().backward(gradient)
+        if CUDA:
+            torch.cuda.synchronize()
+
+    return step
+
+
+def interleaved(steps: list[Callable[[], Any]], seconds: float) -> list[list[float]]:
+    """Times of each step in milliseconds, taken in turns so that a busy machine disturbs all alike."""
+    for step in steps * 2:
+        step()
+    times: list[list[float]] = [[] for _ in steps]
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[0]) < 5:
+        for step, own in zip(steps, times, strict=True):
+            start = time.perf_counter()
+            step()
+            own.append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def layer_times(seconds: float) -> Table:
+    rows = []
+    for shape in SHAPES:
+        gc.collect()
+        ours, theirs = interleaved([step_of(make(shape[-1]), shape) for make in (our_layer, torch_layer)], seconds)
+        ratio = statistics.median(theirs) / statistics.median(ours)
+        row = [str(shape), f"{statistics.median(theirs):.2f}", f"{statistics.median(ours):.2f}", f"{ratio:.2f}x"]
+        rows.append([*row, f"{min(theirs) / min(ours):.2f}x"])
+    head = ["shape", "torch (ms)", "ours (ms)", "faster by (median)", "faster by (best)"]
+    return "Layer, forward and backward, dropout 0.5", head, rows
+
+
+def layer_memory(_: float) -> Table:
+    rows = []
+    for shape in SHAPES:
+        peaks = [peak_memory(kind, shape) for kind in ("torch", "ours")]
+        rows.append([str(shape), f"{peaks[0]:.1f}", f"{peaks[1]:.1f}", f"{peaks[1] / max(peaks[0], 0.1):.2f}"])
+    return "Layer, peak memory of forward and backward over what is there before", ["shape", "torch (MB)", "ours (MB)", "ratio"], rows
+
+
+def growth(_: float) -> Table:
+    times, peaks, rows = [], [], []
+    for n in ROWS:
+        times.append(statistics.median(interleaved([step_of(our_layer(512), (n, 512))], 4)[0]))
+        peaks.append(peak_memory("ours", (n, 512)))
+        rows.append([str(n), f"{times[-1]:.1f}", f"{peaks[-1]:.1f}"])
+    rows.append(["exponent", f"{exponent(ROWS[-3:], times[-3:]):.2f}", f"{exponent(ROWS[-3:], peaks[-3:]):.2f}"])
+    head = ["rows N at C = 512", "time (ms)", "peak memory (MB)"]
+    return "Growth with the batch (exponent: slope of the last three in logarithms; at most 2 and 1)", head, rows
+
+
+def exponent(x: list[int], y: list[float]) -> float:
+    lx, ly = [math.log(v) for v in x], [math.log(v) for v in y]
+    return statistics.linear_regression(lx, ly).slope
+
+
+def model_times(seconds: float) -> Table:
+    import timm
+
+    rows = []
+    for precision in ("bf16",) if CUDA else ("fp32", "bf16"):
+        plain, ours = (timm.create_model("resnet50").to(DEVICE, memory_format=torch.channels_last) for _ in range(2))
+        insert(ours, before="auto")
+        batch = 128 if CUDA else 16
+        images = torch.randn(batch, 3, 224, 224, device=DEVICE).contiguous(memory_format=torch.channels_last)
+
+        def run(model: nn.Module, images: Tensor = images, low: bool = precision == "bf16") -> None:
+            with torch.set_grad_enabled(model.training), torch.autocast(DEVICE.type, torch.bfloat16, enabled=low):
+                out = model(images)
+            if model.training:
+                out.float().square().mean().backward()
+            if CUDA:
+                torch.cuda.synchronize()
+
+        for what in ("training step", "eval"):
+            for model in (plain, ours):
+                model.train(what == "training step")
+            first, second = interleaved([lambda: run(plain), lambda: run(ours)], seconds * (3 if what == "eval" else 6))  # noqa: B023
+            medians = statistics.median(first), statistics.median(second)
+            row = [f"ResNet-50, {batch} x 224 px, {precision}, {what}", f"{medians[0]:.0f}", f"{medians[1]:.0f}"]
+            rows.append([*row, f"{medians[1] / medians[0]:.3f}"])
+    return "A whole model", ["what", "plain (ms)", "+BatchFormer (ms)", "ratio"], rows
+
+
+def peak_memory(kind: str, shape: tuple[int, ...]) -> float:
+    """In a process of its own, so that nothing else counts."""
+    command = [sys.executable, __file__, "--peak", json.dumps([kind, shape])]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def print_peak(kind: str, shape: tuple[int, ...]) -> None:
+    """Peak over the process's memory after a small warm-up, in MB."""
+    make = our_layer if kind == "ours" else torch_layer
+    step_of(make(shape[-1]), (2, *shape[1:-1], shape[-1]) if len(shape) == 2 else (2, 8, shape[-1]))()
+    step = step_of(make(shape[-1]), shape)
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        print((torch.cuda.max_memory_allocated() - before) / 2**20)
+        return
+    pages = int(Path("/proc/self/statm").read_text().split()[1]) if sys.platform == "linux" else 0
+    before = pages * resource.getpagesize()
+    step()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20)
+
+
+def bandwidth(_: float) -> Table:
+    """Share of the memory bandwidth that the layer reaches: bytes that must move at least, over time, over a copy's."""
+    rows = []
+    source = torch.empty(2**28, device=DEVICE)
+    target = torch.empty_like(source)
+    (copies,) = interleaved([lambda: (target.copy_(source), torch.cuda.synchronize())], 1)
+    peak = 2 * source.numel() * 4 / min(copies)
+    for shape in SHAPES:
+        (times,) = interleaved([step_of(our_layer(shape[-1]), shape)], 1)
+        # Activations of the layer, written once and read once in each direction: x, qkv, out, two residuals, hidden.
+        least = 2 * 2 * 2 * 8 * math.prod(shape)
+        rows.append([str(shape), f"{min(times):.3f}", f"{100 * least / min(times) / peak:.0f} %"])
+    return "Share of memory bandwidth (bf16)", ["shape", "ours (ms)", "share of a copy's"], rows
+
+
+PARTS: dict[str, Callable[[float], Table]] = {
+    "layer": layer_times,
+    "memory": layer_memory,
+    "model": model_times,
+    "growth": growth,
+    **({"bandwidth": bandwidth} if CUDA else {}),
+}
+
+
+def processor() -> str:
+    if CUDA:
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def markdown(table: Table) -> str:
+    title, head, rows = table
+    lines = [f"## {title}", "", f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(PARTS))
+    parser.add_argument("--seconds", type=float, default=8, help="for each measurement")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    if arguments.peak:
+        kind, shape = json.loads(arguments.peak)
+        print_peak(kind, tuple(shape))
+        return
+    today = date.today().isoformat()
+    where = f"{processor()}, {arguments.threads} threads, torch {torch.__version__}, Python {platform.python_version()}, {today}"
+    parts = [f"# Benchmarks\n\n{where}. Command: `python benchmarks/run.py`\n"]
+    print(parts[0])
+    for name, part in PARTS.items():
+        if arguments.only in (None, name):
+            parts.append(markdown(part(arguments.seconds)))
+            print(parts[-1], flush=True)
+    slug = "".join(c if c.isalnum() else "-" for c in processor().lower()).strip("-")
+    name = f"{arguments.only or 'all'}-{slug}-torch{torch.__version__.partition('+')[0]}-{today}.md"
+    path = Path(__file__).parent / "results" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(parts), encoding="utf-8")
+    print(f"Written: {path}")
+
+
+if __name__ == "__main__":
+    main()
