@@ -1,0 +1,197 @@
+"""Real processes on gloo: different data and uneven batches on every rank; gradients compared with one process."""
+
+import datetime
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from batchformer import BatchFormer
+from batchformer.core import distributed
+
+ROWS = {2: (3, 5), 3: (4, 1, 2)}
+TOKENS, DIM, CLASSES = 3, 8, 4
+
+
+class Net(nn.Module):
+    """A network with parameters before the module, in it, and after it."""
+
+    def __init__(self, tokens: bool, layers: int, gather: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Linear(6, DIM)
+        self.batchformer = BatchFormer(DIM, drop=0.0, layers=layers, gather=gather)
+        self.head = nn.Linear(DIM, CLASSES)
+        self.tokens = tokens
+        self.double()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        out = self.head(self.batchformer(self.backbone(x), mask=mask))
+        return out.mean(1) if self.tokens else out
+
+
+def batch(rank: int, world: int, tokens: bool, masked: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    stream = torch.Generator().manual_seed(100 + rank)
+    rows = ROWS[world][rank]
+    x = torch.randn(rows, *([TOKENS] if tokens else []), 6, generator=stream, dtype=torch.float64)
+    labels = torch.randint(0, CLASSES, (rows,), generator=stream)
+    mask = torch.rand(rows, TOKENS, generator=stream) < 0.3 if masked else None
+    return x, labels, mask
+
+
+def loss_of(net: nn.Module, x: Tensor, labels: Tensor, mask: Tensor | None, total: int) -> Tensor:
+    """Sum over the own rows over the rows of all ranks: adds up over ranks to the mean."""
+    out = net(x, mask) if mask is not None else net(x)
+    return nn.functional.cross_entropy(out, torch.cat((labels, labels)), reduction="sum") / (2 * total)
+
+
+def reference(world: int, tokens: bool, layers: int, masked: bool = False) -> dict[str, Tensor]:
+    """Gradients of one process that holds the batches of all ranks."""
+    parts = [batch(rank, world, tokens, masked) for rank in range(world)]
+    x, labels = (torch.cat([part[i] for part in parts]) for i in (0, 1))  # type: ignore[misc]
+    mask = torch.cat([part[2] for part in parts]) if masked else None  # type: ignore[misc]
+    net = Net(tokens, layers, "none")
+    loss_of(net, x, labels, mask, len(x)).backward()
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+def same_gradients(net: nn.Module, expected: dict[str, Tensor], scale: float = 1.0) -> float:
+    """Largest difference; ``scale`` undoes the average that wrappers take over ranks."""
+    found = {name.removeprefix("module."): p.grad for name, p in net.named_parameters()}
+    assert found.keys() == expected.keys()
+    worst = 0.0
+    for name, gradient in found.items():
+        assert gradient is not None, name
+        full = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        worst = max(worst, float((scale * full - expected[name]).abs().max()))
+    return worst
+
+
+def summed(net: nn.Module) -> None:
+    for parameter in net.parameters():
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad)
+
+
+# ---------------------------------------------------------------- what runs on every rank
+
+
+def plain_processes(rank: int, world: int) -> None:
+    for tokens, layers, masked in ((False, 1, False), (True, 1, False), (True, 2, False), (True, 1, True)):
+        net = Net(tokens, layers, "all").train()
+        loss_of(net, *batch(rank, world, tokens, masked), sum(ROWS[world])).backward()
+        summed(net)
+        worst = same_gradients(net, reference(world, tokens, layers, masked))
+        assert worst < 1e-10, (tokens, layers, masked, worst)
+
+
+def under_ddp(rank: int, world: int) -> None:
+    net = DistributedDataParallel(Net(True, 1, "all"))
+    loss_of(net, *batch(rank, world, True)[:2], None, sum(ROWS[world])).backward()
+    worst = same_gradients(net, reference(world, True, 1), scale=world)
+    assert worst < 1e-10, worst
+
+
+def under_fsdp(rank: int, world: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    net = Net(True, 1, "all")
+    mesh = init_device_mesh("cpu", (world,))
+    fully_shard(net.batchformer, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    loss_of(net, *batch(rank, world, True)[:2], None, sum(ROWS[world])).backward()
+    worst = same_gradients(net, reference(world, True, 1), scale=world)
+    assert worst < 1e-10, worst
+
+
+def wrong_gather_is_seen(rank: int, world: int) -> None:
+    """A backward pass that keeps the own rank's gradient only: the fault of older libraries."""
+
+    def own_only(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        sizes = ctx.sizes
+        return grads[0][sizes.offset : sizes.offset + sizes.rows[sizes.rank]], None
+
+    distributed._GatherRows.backward = staticmethod(own_only)  # type: ignore[method-assign]
+    net = Net(False, 1, "all")
+    loss_of(net, *batch(rank, world, False)[:2], None, sum(ROWS[world])).backward()
+    summed(net)
+    assert same_gradients(net, reference(world, False, 1)) > 1e-4
+
+
+def empty_batch_raises_everywhere(rank: int, world: int) -> None:
+    module = BatchFormer(DIM, gather="all")
+    with pytest.raises(ValueError, match=r"at least one sample on every rank, got \[0, 4\] samples by rank"):
+        module(torch.randn(4 * rank, DIM))
+
+
+def token_counts_must_agree(rank: int, world: int) -> None:
+    module = BatchFormer(DIM, gather="all")
+    with pytest.raises(ValueError, match="same tokens and channels on every rank"):
+        module(torch.randn(2, 3 + rank, DIM))
+
+
+def one_sample_each_is_no_single_sample(rank: int, world: int) -> None:
+    """No warning (warnings are errors here): there are other samples, on the other rank."""
+    assert BatchFormer(DIM, gather="all")(torch.randn(1, DIM)).shape == (2, DIM)
+
+
+def worker(rank: int, world: int, store: str, checks: list[Callable[[int, int], None]], folder: str) -> None:
+    import warnings
+
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
+        )
+        for check in checks:
+            check(rank, world)
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        Path(folder, f"rank{rank}").write_text(traceback.format_exc())
+        raise
+
+
+def run(world: int, checks: list[Callable[[int, int], None]], folder: Path) -> None:
+    try:
+        mp.spawn(worker, (world, str(folder / "store"), checks, str(folder)), nprocs=world)
+    except mp.ProcessRaisedException as error:
+        told = "\n".join(path.read_text() for path in sorted(folder.glob("rank*")))
+        raise AssertionError(told or str(error)) from None
+
+
+@pytest.mark.timeout(240)
+def test_two_processes(tmp_path: Path) -> None:
+    checks = [
+        plain_processes,
+        under_ddp,
+        under_fsdp,
+        empty_batch_raises_everywhere,
+        token_counts_must_agree,
+        one_sample_each_is_no_single_sample,
+        wrong_gather_is_seen,  # last: it breaks the gather
+    ]
+    run(2, checks, tmp_path)
+
+
+@pytest.mark.timeout(240)
+def test_three_processes(tmp_path: Path) -> None:
+    run(3, [plain_processes, under_ddp], tmp_path)
+
+
+def test_without_a_process_group_all_is_none() -> None:
+    x = torch.randn(4, DIM)
+    torch.manual_seed(0)
+    alone = BatchFormer(DIM, drop=0.0)
+    torch.manual_seed(0)
+    every = BatchFormer(DIM, drop=0.0, gather="all")
+    assert torch.equal(alone(x), every(x))
