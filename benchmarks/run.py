@@ -94,7 +94,11 @@ def layer_memory(_: float) -> Table:
     for shape in SHAPES:
         peaks = [peak_memory(kind, shape) for kind in ("torch", "ours")]
         rows.append([str(shape), f"{peaks[0]:.1f}", f"{peaks[1]:.1f}", f"{peaks[1] / max(peaks[0], 0.1):.2f}"])
-    return "Layer, peak memory of forward and backward over what is there before", ["shape", "torch (MB)", "ours (MB)", "ratio"], rows
+    return (
+        "Layer, peak memory of forward and backward over what is there before",
+        ["shape", "torch (MB)", "ours (MB)", "ratio"],
+        rows,
+    )
 
 
 def growth(_: float) -> Table:
@@ -169,7 +173,12 @@ def bandwidth(_: float) -> Table:
     rows = []
     source = torch.empty(2**28, device=DEVICE)
     target = torch.empty_like(source)
-    (copies,) = interleaved([lambda: (target.copy_(source), torch.cuda.synchronize())], 1)
+
+    def copy() -> None:
+        target.copy_(source)
+        torch.cuda.synchronize()
+
+    (copies,) = interleaved([copy], 1)
     peak = 2 * source.numel() * 4 / min(copies)
     for shape in SHAPES:
         (times,) = interleaved([step_of(our_layer(shape[-1]), shape)], 1)
@@ -216,7 +225,8 @@ def main() -> None:
         print_peak(kind, tuple(shape))
         return
     today = date.today().isoformat()
-    where = f"{processor()}, {arguments.threads} threads, torch {torch.__version__}, Python {platform.python_version()}, {today}"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    where = f"{processor()}, {arguments.threads} threads, {versions}, {today}"
     parts = [f"# Benchmarks\n\n{where}. Command: `python benchmarks/run.py`\n"]
     print(parts[0])
     for name, part in PARTS.items():

@@ -15,7 +15,12 @@ import torch
 from batchformer import cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "src").rglob("README.md")), *sorted((ROOT / "benchmarks").rglob("README.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "src").rglob("README.md")),
+    *sorted((ROOT / "benchmarks").rglob("README.md")),
+]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -71,7 +76,9 @@ def fashion_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*", "ignore:.*LeafSpec.*", "ignore:.*pin_memory.*")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("path", [p for p in EXAMPLES if p.stem != "two_processes"], ids=lambda p: p.stem)
-def test_examples_run(path: Path, fashion_mnist: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_run(
+    path: Path, fashion_mnist: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", [path.name, f"--data={fashion_mnist}", "--images=130"])
     runpy.run_path(str(path), run_name="__main__")
     assert re.search(r"accuracy|plain network", capsys.readouterr().out)
@@ -80,11 +87,19 @@ def test_examples_run(path: Path, fashion_mnist: Path, monkeypatch: pytest.Monke
 def test_the_example_with_two_processes_runs(fashion_mnist: Path) -> None:
     command = ["torchrun", "--standalone", "--nproc-per-node=2", str(ROOT / "examples/two_processes.py")]
     command = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
-    done = subprocess.run([*command, f"--data={fashion_mnist}", "--images=130"], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [*command, f"--data={fashion_mnist}", "--images=130"], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "2 processes, last loss" in done.stdout
 
 
 def test_examples_are_short_and_all_there() -> None:
-    assert {p.stem for p in EXAMPLES} >= {"plain_loop", "lightning_module", "transformers_trainer", "accelerate_loop", "two_processes"}
+    assert {p.stem for p in EXAMPLES} >= {
+        "plain_loop",
+        "lightning_module",
+        "transformers_trainer",
+        "accelerate_loop",
+        "two_processes",
+    }
     assert all(len(p.read_text(encoding="utf-8").splitlines()) < 80 for p in EXAMPLES)

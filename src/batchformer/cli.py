@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 MAIN_RECIPE = "longtail/fashion-mnist-lt"
 FOLDER_RECIPE = "longtail/folder"
 OVERRIDES = (
-    "Every hyper-parameter of the recipe can be overridden: --model.optimizer.lr=0.05 --trainer.max_epochs=30 --seed=1. "
+    "Every setting of the recipe can be overridden: --model.optimizer.lr=0.05 --trainer.max_epochs=30 --seed=1. "
     "See them all with: batchformer fit RECIPE --print-config"
 )
 
@@ -54,13 +54,19 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         wrong = next((word for word in message.replace("'", " ").split() if word.startswith("--")), None)
         near = difflib.get_close_matches(wrong or "", self._option_string_actions, n=1)
-        self.exit(2, f"{self.prog}: {message}{f'. Did you mean {near[0]}?' if near else ''}\nHelp: {self.prog} --help\n")
+        self.exit(
+            2, f"{self.prog}: {message}{f'. Did you mean {near[0]}?' if near else ''}\nHelp: {self.prog} --help\n"
+        )
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     from batchformer import __version__
 
-    parser = _Parser(prog="batchformer", description="Learn from the relations between the samples of a mini-batch.", allow_abbrev=False)
+    parser = _Parser(
+        prog="batchformer",
+        description="Learn from the relations between the samples of a mini-batch.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"batchformer {__version__}")
     sub = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
 
@@ -88,7 +94,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     test.add_argument("run_folder", metavar="RUN")
 
     compare = add("compare", _compare, "plain against +BatchFormer on the same seeds and data order", OVERRIDES)
-    compare.add_argument("recipe", metavar="RECIPE", nargs="?", help=f"default: {MAIN_RECIPE}, or {FOLDER_RECIPE} with --data.root")
+    compare.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", help=f"default: {MAIN_RECIPE}, or {FOLDER_RECIPE} with --data.root"
+    )
     compare.add_argument("--seeds", default="3", help="how many (0, 1, ...), or a list such as 3,5,8 (default: 3)")
     compare.add_argument("--controls", default="", help="out of frozen,self_only,duplicate,single_stream")
     compare.add_argument("--name", help="of the folder (default: compare- and the recipe)")
@@ -149,7 +157,9 @@ def _data(arguments: argparse.Namespace) -> None:
 
     if arguments.action == "get":
         if not arguments.name:
-            raise ValueError(f"Expected the name of a data set: batchformer data get NAME, one of {', '.join(fetch.DATASETS)}.")
+            raise ValueError(
+                f"Expected the name of a data set: batchformer data get NAME, one of {', '.join(fetch.DATASETS)}."
+            )
         print(fetch.get(arguments.name, arguments.root))
         return
     names = [arguments.name] if arguments.name else list(fetch.DATASETS)
@@ -163,7 +173,7 @@ def _data(arguments: argparse.Namespace) -> None:
 def _fit(arguments: argparse.Namespace) -> None:
     from batchformer.engine.config import dump, parse
     from batchformer.engine.recipes import find_recipe
-    from batchformer.engine.run import fit
+    from batchformer.engine.run import first_rank, fit
 
     recipe = find_recipe(arguments.recipe)
     if arguments.print_config:
@@ -178,8 +188,9 @@ def _fit(arguments: argparse.Namespace) -> None:
     result = fit(
         recipe.path, arguments.overrides, folder, name=recipe.name, resume=arguments.resume, command=arguments.command
     )
-    print(_metrics_line(result["metrics"]))
-    print(f"Run: {folder}")
+    if first_rank():
+        print(_metrics_line(result["metrics"]))
+        print(f"Run: {folder}")
 
 
 def _test(arguments: argparse.Namespace) -> None:

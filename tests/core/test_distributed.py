@@ -150,7 +150,11 @@ def worker(rank: int, world: int, store: str, checks: list[Callable[[int, int], 
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
+            "gloo",
+            store=dist.FileStore(store, world),
+            rank=rank,
+            world_size=world,
+            timeout=datetime.timedelta(seconds=60),
         )
         for check in checks:
             check(rank, world)

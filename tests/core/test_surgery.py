@@ -68,7 +68,9 @@ def test_a_name_that_matches_nothing_is_refused_and_nothing_changes() -> None:
 def test_twice_at_one_place_is_refused(second: str | list[str]) -> None:
     model = Net()
     insert(model, before="head")
-    with pytest.raises(ValueError, match=r"Expected a free place, but there is a BatchFormer before 'head'. remove\(\)"):
+    with pytest.raises(
+        ValueError, match=r"Expected a free place, but there is a BatchFormer before 'head'. remove\(\)"
+    ):
         insert(model, before=second)
     assert model(images()).shape == (2 * N, 3)
 

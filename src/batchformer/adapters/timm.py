@@ -4,8 +4,8 @@
   heads (EfficientViM); with ``num_classes=0`` it is an ``Identity``.
 - Some give back their whole ``ClassifierHead``, pooling included; the classifier is its ``fc``. RepViT gives a module
   that holds both heads of its distillation.
-- LeViT, EfficientFormer V2 and RepViT have a batch norm in the head. The module goes behind it: in front, the mixed half
-  would change the statistics of the plain half.
+- LeViT, EfficientFormer V2 and RepViT have a batch norm in the head. The module goes behind it: in front, the mixed
+  half would change the statistics of the plain half.
 - Some classify pooled maps (N, C, 1, 1) with a 1x1 convolution (DLA, DPN, ResNetV2).
 - VOLO has a second head for the patch tokens, which ``get_classifier()`` leaves out; both must see the same rows.
 - Swin's stages give maps (B, H, W, C): ``after="layers.2"`` takes ``layout="BHWC"``; stages of convolutional networks

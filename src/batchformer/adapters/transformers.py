@@ -4,8 +4,8 @@
   ``num_items_in_batch``, by which its Trainer has the summed loss divided.
 - The head is ``classifier``, ``head`` or ``fc``; models distilled "WithTeacher" have two, parallel branches.
 - ResNet, RegNet and BiT classify with ``Sequential(Flatten, Linear)`` on maps (B, C, 1, 1): the ``Linear`` counts.
-- LeViT's heads are a batch norm and a ``Linear``. The module goes behind the norm: in front, the mixed half would change
-  the statistics of the plain half.
+- LeViT's heads are a batch norm and a ``Linear``. The module goes behind the norm: in front, the mixed half would
+  change the statistics of the plain half.
 - ``TimmWrapperForImageClassification`` holds a timm model.
 - Layers give a tensor in some versions and a tuple in others; insertion takes both. Their names change as well: in 4.57
   ``after="vit.encoder.layer.8"``, in 5 ``after="vit.layers.8"``; Swin's blocks give tokens (B, N, C), not maps.

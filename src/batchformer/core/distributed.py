@@ -33,7 +33,7 @@ class RankRows:
 
     def gather(self, x: Tensor) -> Tensor:
         """Rows of every rank in rank order, (N, ...) -> (sum of rows, ...); differentiable in ``x``."""
-        out: Tensor = _GatherRows.apply(x, self)  # type: ignore[no-untyped-call]  # torch's stub
+        out: Tensor = _GatherRows.apply(x, self)
         return out
 
 

@@ -24,12 +24,12 @@ Gather = Callable[[Tensor], Tensor]
 
 # Below this size torch's own dropout is used, so that small layers draw the very random numbers of torch's layer.
 _SMALL = 2**13
-# Attention weights worked on at once on the CPU (elements).
-_TILE = 2**18
+# Attention weights worked on at once on the CPU (elements): they stay in its cache.
+_TILE = 2**19
 
 
 class LayerWeights(NamedTuple):
-    """The parameters of one post-norm encoder layer, in the order and shapes of ``torch.nn.TransformerEncoderLayer``."""
+    """Parameters of one post-norm encoder layer, in the order and shapes of ``torch.nn.TransformerEncoderLayer``."""
 
     in_proj_weight: Tensor  # (3C, C)
     in_proj_bias: Tensor  # (3C,)
@@ -56,6 +56,7 @@ def dropout(x: Tensor, p: float, *, inplace: bool = False) -> Tensor:
     Args:
         x: Any shape.
         p: Probability of zeroing an element, in [0, 1].
+        inplace: Overwrite ``x``.
 
     Returns:
         Tensor of the shape and dtype of ``x``; kept elements are scaled by ``1 / (1 - p)``.
@@ -128,10 +129,13 @@ def attend_over_batch(
     q_THND, k_THMD, v_THMD = (x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for x in (q_NTC, k_MTC, v_MTC))
     if drop in (0.0, 1.0) or q_NTC.device.type != "cpu" or torch.compiler.is_compiling():
         out = F.scaled_dot_product_attention(q_THND, k_THMD, v_THMD, attn_mask=allowed, dropout_p=drop)
-    elif T * num_heads * N * M < _SMALL:
-        out = torch.matmul(dropout(_attention_weights(q_THND, k_THMD, allowed), drop), v_THMD)
     else:
-        out = _TiledAttention.apply(q_THND, k_THMD, v_THMD, allowed, drop)  # type: ignore[no-untyped-call]
+        # torch has no fused CPU kernel with dropout. As in its unfused one, half precision is worked on in fp32: sums
+        # over thousands of samples need the digits, and in fp16 large scores would overflow.
+        exact = torch.float32 if q_NTC.dtype in (torch.float16, torch.bfloat16) else q_NTC.dtype
+        attend = _plain_attention if T * num_heads * N * M < _SMALL else _TiledAttention.apply
+        with torch.autocast("cpu", enabled=False):
+            out = attend(q_THND.to(exact), k_THMD.to(exact), v_THMD.to(exact), allowed, drop).to(q_NTC.dtype)
     return out.permute(2, 0, 1, 3).reshape(N, T, C)
 
 
@@ -139,12 +143,15 @@ def _attention_weights(q_THND: Tensor, k_THMD: Tensor, allowed: Tensor | None) -
     scores_THNM = torch.matmul(q_THND * (1.0 / math.sqrt(q_THND.shape[-1])), k_THMD.transpose(-2, -1))
     if allowed is not None:
         scores_THNM = scores_THNM.masked_fill(~allowed, float("-inf"))
-    # Half precision keeps too few digits for a sum over thousands of samples: softmax in fp32 (fp64 stays fp64).
-    return torch.softmax(scores_THNM, dim=-1, dtype=_at_least_fp32(scores_THNM)).to(q_THND.dtype)
+    return torch.softmax(scores_THNM, dim=-1)
+
+
+def _plain_attention(q_THND: Tensor, k_THMD: Tensor, v_THMD: Tensor, allowed: Tensor | None, drop: float) -> Tensor:
+    return torch.matmul(dropout(_attention_weights(q_THND, k_THMD, allowed), drop), v_THMD)
 
 
 class _TiledAttention(torch.autograd.Function):
-    """Attention with dropout in tiles that stay in the processor's cache (torch has no fused CPU kernel with dropout).
+    """Attention with dropout in tiles that stay in the processor's cache.
 
     The backward pass computes the tiles anew, with the same dropout, so memory is linear in the batch.
     """
@@ -153,7 +160,7 @@ class _TiledAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q_THND: Tensor, k_THMD: Tensor, v_THMD: Tensor, allowed: Tensor | None, drop: float
     ) -> Tensor:
-        k_THMD, v_THMD = k_THMD.contiguous(), v_THMD.contiguous()
+        q_THND, k_THMD, v_THMD = q_THND.contiguous(), k_THMD.contiguous(), v_THMD.contiguous()
         ctx.save_for_backward(q_THND, k_THMD, v_THMD, allowed)
         ctx.drop, ctx.seed = drop, int(torch.empty((), dtype=torch.int64).random_())
         generator = torch.Generator().manual_seed(ctx.seed)
@@ -165,7 +172,7 @@ class _TiledAttention(torch.autograd.Function):
         return out_THND
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch's stub
+    @once_differentiable
     def backward(ctx: Any, grad_THND: Tensor) -> tuple[Tensor | None, ...]:
         q_THND, k_THMD, v_THMD, allowed = ctx.saved_tensors
         generator = torch.Generator().manual_seed(ctx.seed)
@@ -211,10 +218,6 @@ def _cut(allowed: Tensor | None, queries: Slices) -> Tensor | None:
     if allowed is None:
         return None
     return allowed[tuple(part if size > 1 else slice(None) for part, size in zip(queries, allowed.shape, strict=False))]
-
-
-def _at_least_fp32(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
 def encoder_layer(

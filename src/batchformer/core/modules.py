@@ -55,7 +55,12 @@ class BatchFormerLayer(nn.Module):
         )
 
     def forward(
-        self, x_NTC: Tensor, *, attend: Attend = "batch", padding_NT: Tensor | None = None, ranks: RankRows | None = None
+        self,
+        x_NTC: Tensor,
+        *,
+        attend: Attend = "batch",
+        padding_NT: Tensor | None = None,
+        ranks: RankRows | None = None,
     ) -> Tensor:
         """(N, T, C) -> (N, T, C); dropout follows ``self.training``."""
         return functional.encoder_layer(
@@ -134,7 +139,7 @@ class BatchFormer(nn.Module):
         self.inserted_at = ""  # filled by insert(), for messages
         self.frozen = False
         self._told: set[str] = set()
-        self.register_load_state_dict_pre_hook(_accept_single_layer)
+        self.register_load_state_dict_pre_hook(_accept_single_layer)  # type: ignore[no-untyped-call]
 
     def freeze(self) -> Self:
         """Keep the random weights as they are, on purpose (a control): no gradients and no warning about it."""
@@ -229,7 +234,8 @@ class BatchFormer(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print`` shows beside the layers."""
-        return f"dim={self.dim}, mode={self.mode!r}, gather={self.gather!r}, layout={self.layout!r}, attend={self.attend!r}"
+        words = {"mode": self.mode, "gather": self.gather, "layout": self.layout, "attend": self.attend}
+        return ", ".join([f"dim={self.dim}", *(f"{name}={value!r}" for name, value in words.items())])
 
 
 def _accept_single_layer(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
