@@ -140,7 +140,7 @@ def test_every_version_bound_has_a_reason() -> None:
 def test_nothing_names_an_index_or_a_machine() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     pattern = re.compile(
-        "|".join(("pypi" + r"\.org", "pythonhosted", "npmjs" + r"\.", "debian" + r"\.org", "/ro" + "ot/"))
+        "|".join(("pypi" + r"\.org", "python" + "hosted", "npmjs" + r"\.", "debian" + r"\.org", "/ro" + "ot/"))
     )
     for name in tracked:
         path = ROOT / name

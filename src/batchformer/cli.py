@@ -173,10 +173,11 @@ def _data(arguments: argparse.Namespace) -> None:
 def _fit(arguments: argparse.Namespace) -> None:
     from batchformer.engine.config import dump, parse
     from batchformer.engine.recipes import find_recipe
-    from batchformer.engine.run import first_rank, fit
+    from batchformer.engine.run import first_rank, fit, quiet
 
     recipe = find_recipe(arguments.recipe)
     if arguments.print_config:
+        quiet()
         print(dump(parse(recipe.path, arguments.overrides, logger=False)))
         return
     if Path(arguments.recipe).is_dir():

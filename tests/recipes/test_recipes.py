@@ -193,40 +193,70 @@ def stop_in_second_epoch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LongTailTask, "on_train_batch_start", on_train_batch_start)
 
 
+def check_that_it_resumes(recipe: Recipe, overrides: list[str], whole: Path, patch: pytest.MonkeyPatch) -> None:
+    """A run that is stopped and resumed ends where the whole one did: metrics, history and weights, bit for bit."""
+    broken = whole.with_name("broken")
+    with patch.context() as patched:
+        stop_in_second_epoch(patched)
+        with pytest.raises(Stopped):
+            fit(recipe, overrides, broken)
+    assert not (broken / "done").exists()
+    assert len(rows(broken)) == 1
+    resumed = fit(recipe, overrides, broken, resume=True)
+    result = json.loads((whole / "result.json").read_text(encoding="utf-8"))
+    assert resumed["metrics"] == result["metrics"]
+    assert resumed["per_class"] == result["per_class"]
+    assert rows(broken) == rows(whole)
+    expected = weights(whole)
+    assert weights(broken).keys() == expected.keys()
+    for key, value in weights(broken).items():
+        assert torch.equal(value, expected[key]), key
+
+
 @every_recipe
 def test_trains_records_and_resumes_to_the_same_end(
     name: str, make_data: MakeData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = find_recipe(name)
     overrides = tiny(recipe, make_data(settings_of(recipe)["data"]["dataset"]))
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    result = fit(recipe, overrides, whole)
-
+    run = tmp_path / "whole"
+    result = fit(recipe, overrides, run)
     for file in ("config.yaml", "environment.json", "metrics.csv", "result.json", "done", "checkpoints/last.ckpt"):
-        assert (whole / file).is_file(), file
-    assert json.loads((whole / "result.json").read_text(encoding="utf-8")) == result
+        assert (run / file).is_file(), file
+    assert json.loads((run / "result.json").read_text(encoding="utf-8")) == result
     assert result["recipe"] == name
     assert 0 <= result["metrics"]["top1"] <= 1
     assert result["cost"]["parameters_train"] > result["cost"]["parameters_test"]
-    history = rows(whole)
+    history = rows(run)
     assert [row["epoch"] for row in history] == ["0", "1"]
     assert [row["step"] for row in history] == ["2", "4"]
     assert all(math.isfinite(float(row["train_loss"])) for row in history)
     assert all(0 <= float(row["val_top1"]) <= 1 for row in history)
+    check_that_it_resumes(recipe, overrides, run, monkeypatch)
 
-    with monkeypatch.context() as patch:
-        stop_in_second_epoch(patch)
-        with pytest.raises(Stopped):
-            fit(recipe, overrides, broken)
-    assert not (broken / "done").exists()
-    assert len(rows(broken)) == 1
-    resumed = fit(recipe, overrides, broken, resume=True)
-    assert resumed["metrics"] == result["metrics"]
-    assert resumed["per_class"] == result["per_class"]
-    assert rows(broken) == history
-    expected = weights(whole)
-    for key, value in weights(broken).items():
-        assert torch.equal(value, expected[key]), key
+
+def test_moving_average_is_saved_tested_and_resumed(
+    make_data: MakeData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = find_recipe("longtail/fashion-mnist-lt")
+    overrides = tiny(recipe, make_data("fashion-mnist"))
+    fit(recipe, overrides, tmp_path / "last")
+    averaging = [*overrides, "--model.ema=0.5"]
+    result = fit(recipe, averaging, tmp_path / "whole")
+    last, average = weights(tmp_path / "last"), weights(tmp_path / "whole")
+    assert last.keys() == average.keys()
+    assert not torch.equal(last["network.classifier.weight"], average["network.classifier.weight"])
+    assert engine.test(tmp_path / "whole") == result["metrics"]
+    check_that_it_resumes(recipe, averaging, tmp_path / "whole", monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["longtail/fashion-mnist-lt", "longtail/cifar100-lt-paco"])
+def test_checkpoint_holds_every_weight_once(name: str, make_data: MakeData, tmp_path: Path) -> None:
+    recipe = find_recipe(name)
+    fit(recipe, tiny(recipe, make_data(settings_of(recipe)["data"]["dataset"])), tmp_path / "run")
+    state = weights(tmp_path / "run")
+    assert len({value.data_ptr() for value in state.values()}) == len(state)
+    assert {key.split(".")[0] for key in state} == {"network"}
 
 
 @pytest.mark.parametrize("name", ["longtail/fashion-mnist-lt", "longtail/imagenet-lt-r10-ride"])
@@ -255,8 +285,8 @@ def test_places_trains_the_last_block_and_the_classifier_alone(make_data: MakeDa
     fit(recipe, words, tmp_path / "trained")
     fit(recipe, [*words, "--model.optimizer.lr=0", "--trainer.max_epochs=1"], tmp_path / "start")
     before, after = weights(tmp_path / "start"), weights(tmp_path / "trained")
-    changed = {key for key in before if "running" not in key and "batches" not in key and not before[key].equal(after[key])}
-    network = {key.removeprefix("network.") for key in changed}
+    learned = [key for key in before if "running" not in key and "num_batches" not in key]
+    network = {key.removeprefix("network.") for key in learned if not before[key].equal(after[key])}
     assert {name.split(".")[0] for name in network} == {"backbone", "classifier", "batchformer"}
     assert {name.split(".")[1] for name in network if name.startswith("backbone")} == {"layer4"}
 
@@ -318,11 +348,13 @@ def test_two_ranks(name: str, make_data: MakeData, tmp_path: Path) -> None:
     recipe = find_recipe(name)
     overrides = [*tiny(recipe, make_data(settings_of(recipe)["data"]["dataset"])), *TWO_RANKS[name]]
     launcher = ["torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "-m"]
-    command = [sys.executable, "-W", "ignore", "-m", *launcher, "batchformer", "fit", name, *overrides]
+    command = [sys.executable, "-m", *launcher, "batchformer", "fit", name, *overrides]
     command += [f"--out={tmp_path}", "--name=run", "--trainer.devices=2", "--trainer.strategy=ddp"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("Run: ") == 1, "one rank speaks for both"
+    assert "Warning" not in done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
     assert [row["step"] for row in rows(tmp_path / "run")] == ["2", "4"]
     # Counted over both ranks, every test image once: one process alone finds the same.

@@ -52,6 +52,17 @@ class Samples:
         return Samples(self.root, [self.paths[i] for i in indices.tolist()], self.labels[indices], self.classes)
 
 
+def joined(parts: Sequence[Samples]) -> Samples:
+    """Several parts of one data set as one, with paths below the folder that their roots share.
+
+    Args:
+        parts: At least one; of the same classes.
+    """
+    root = Path(os.path.commonpath([part.root.absolute() for part in parts]))
+    paths = [(part.root.absolute() / path).relative_to(root).as_posix() for part in parts for path in part.paths]
+    return Samples(root, paths, torch.cat([part.labels for part in parts]), parts[0].classes)
+
+
 def read_folder(root: str | Path) -> dict[str, Samples]:
     """Read a folder with one sub-folder per class; a class's images may lie deeper inside it.
 

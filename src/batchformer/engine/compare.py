@@ -5,6 +5,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from batchformer.core.arms import ARMS
 
 from .config import ConfigError
 from .records import write_json
-from .run import DONE, discard, first_rank, fit
+from .run import DONE, first_rank, fit
 
 
 def compare(
@@ -51,7 +52,9 @@ def compare(
     arms = _arms(controls)
     if len(set(seeds)) != len(seeds) or not seeds:
         raise ValueError(f"Expected different seeds, at least one, got {list(seeds)}.")
-    if any(word.startswith(("--seed=", "--model.batchformer.arm", "--model.seed", "--data.seed")) for word in overrides):
+    if any(
+        word.startswith(("--seed=", "--model.batchformer.arm", "--model.seed", "--data.seed")) for word in overrides
+    ):
         raise ConfigError("Expected compare to set the seed and the arm of each run. Give --seeds and --controls.")
     _settle(folder, {"recipe": name, "command": command, "arms": arms, "seeds": list(seeds), "primary": "top1"}, resume)
     plan = [(arm, seed) for seed in seeds for arm in arms]
@@ -60,7 +63,11 @@ def compare(
         run = folder / arm / f"seed{seed}"
         before = (run / DONE).exists()
         own = [*overrides, f"--seed={seed}", f"--model.batchformer.arm={arm}"]
-        result = _apart(recipe, own, run, name, command)
+        try:
+            result = _apart(recipe, own, run, name, command)
+        except BaseException:
+            _discard_plan(folder)
+            raise
         finished += 1
         took = result["cost"]["train_seconds"]
         note = "kept" if before else f"{took:.0f} s of training"
@@ -93,18 +100,27 @@ def _settle(folder: Path, plan: dict[str, Any], resume: bool) -> None:
     write_json(path, {**plan, "date": datetime.now().astimezone().isoformat(timespec="seconds")})
 
 
+def _discard_plan(folder: Path) -> None:
+    """A comparison whose first run fails before its first checkpoint does not stand in the way of the next try."""
+    if first_rank() and not any(folder.rglob("last.ckpt")):
+        (folder / "compare.json").unlink(missing_ok=True)
+        for empty in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+            with suppress(OSError):
+                empty.rmdir()
+        with suppress(OSError):
+            folder.rmdir()
+
+
 def _apart(recipe: Path, overrides: list[str], run: Path, name: str, command: str | None) -> dict[str, Any]:
     """One run in a fresh process: its peak memory is its own, and it cannot disturb the next."""
-    arguments = {"name": name, "resume": run.exists(), "command": command, "say": _silent}
     # The server process has the slow imports done; every run forks off it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["batchformer.engine.run"])
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        try:
-            return pool.submit(fit, recipe, overrides, run, **arguments).result()
-        except BaseException:
-            discard(run)
-            raise
+        waiting = pool.submit(
+            fit, recipe, overrides, run, name=name, resume=run.exists(), command=command, say=_silent
+        )
+        return waiting.result()
 
 
 def _silent(line: str) -> None:

@@ -5,11 +5,12 @@ import difflib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 import yaml
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -18,6 +19,11 @@ from batchformer.tasks.longtail.task import LongTailTask
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
 TASKS: dict[str, tuple[type[LightningModule], type[LightningDataModule]]] = {"longtail": (LongTailTask, LongTailData)}
+
+INSTEAD = {"trainer.precision": "precision", "data.seed": "seed", "model.seed": "seed", "seed_everything": "seed"}
+"""Settings that follow from others."""
+CIRCUMSTANCES = ("default_root_dir", "enable_progress_bar")
+"""Arguments of the Trainer that say where a run happens, not what it is: a run may be moved, or go on in a batch job."""
 
 
 class ConfigError(ValueError):
@@ -28,7 +34,8 @@ class _Cli(LightningCLI):
     """Lightning's command line without its verbs: parses, links the seed and the precision, instantiates."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--task", type=Literal[tuple(TASKS)], default="longtail", help="Which task the recipe is of.")  # type: ignore[valid-type]
+        tasks = Literal[tuple(TASKS)]  # type: ignore[valid-type]
+        parser.add_argument("--task", type=tasks, default="longtail", help="Which task the recipe is of.")
         parser.add_argument("--seed", type=int, default=0, help="Of weights, data order, augmentation and dropout.")
         parser.add_argument(
             "--precision", type=Precision, default="auto", help="auto: bf16 where the processor has it, else fp32."
@@ -78,8 +85,9 @@ def parse(recipe: Path, overrides: Sequence[str] = (), **trainer_defaults: Any) 
 
 def dump(cli: LightningCLI) -> str:
     """The resolved config as YAML: it is a recipe again."""
-    config = cli.config.clone() if isinstance(cli.config, Namespace) else Namespace(cli.config)
-    config.pop("config", None)
+    config = cli.config.clone()
+    for name in ("config", *(f"trainer.{name}" for name in CIRCUMSTANCES)):
+        config.pop(name, None)
     text: str = cli.parser.dump(config, skip_none=False, skip_link_targets=True)
     return text
 
@@ -125,39 +133,71 @@ def _read(recipe: Path) -> dict[str, Any]:
 
 
 def _all_problems(parser: LightningArgumentParser, args: list[str], error: BaseException) -> str:
-    """Try every setting by itself: unknown keys get the nearest ones, the others jsonargparse's own words."""
-    given: dict[str, Any] = dict(_leaves(_read(Path(args[1]))))
+    """Try every setting by itself: unknown keys get the nearest ones, the others what was expected."""
+    given = {key: [value] for key, value in _leaves(_read(Path(args[1])))}
     overrides, problems = _overrides(args[2:])
     given.update(overrides)
-    known = {key for key in parser.get_defaults().keys() if key != "config"}  # noqa: SIM118  # a Namespace
+    known = {key for key in parser.get_defaults().keys() if key != "config"} - set(INSTEAD)  # noqa: SIM118  # a Namespace
     groups = {key.rpartition(".")[0] for key in known}
-    for key, value in given.items():
-        if key not in known and key not in groups and not _inside_dict(key, known):
-            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or _same_last_part(key, known)
-            problems.append(f"Unknown setting {key!r}." + (f" Did you mean {' or '.join(map(repr, near))}?" if near else ""))
-        elif problem := _problem(parser, key, value):
-            problems.append(f"{key}={value!r}: {problem}")
+    for key, readings in given.items():
+        if key in INSTEAD:
+            problems.append(f"{key} follows from {INSTEAD[key]}. Set that.")
+        elif key not in known and key not in groups and not _inside_dict(key, known):
+            problems.append(f"Unknown setting {key}." + _nearest(key, known))
+        elif problem := _problem(parser, key, readings):
+            problems.append(f"{key}: {problem}")
     if not problems:
         problems = [str(error)]
     plural = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
     return f"{plural} in {args[1]} and its overrides:\n" + "\n".join(f"  - {problem}" for problem in problems)
 
 
-def _problem(parser: LightningArgumentParser, key: str, value: Any) -> str | None:
-    nested: Any = value
-    for part in reversed(key.split(".")):
-        nested = {part: nested}
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            parser.parse_object(nested)
-    except (ArgumentError, SystemExit, ValueError, TypeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return lines[-1] if lines else "not accepted"
-    return None
+def _problem(parser: LightningArgumentParser, key: str, readings: list[Any]) -> str | None:
+    """What is wrong with a value; ``readings``: what it may stand for (``123`` is a number and the name of a folder)."""
+    for nested in readings:
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                parser.parse_object(nested)
+        except (ArgumentError, SystemExit, ValueError, TypeError) as error:
+            last = [line.strip() for line in str(error).splitlines() if line.strip()][-1:]
+        else:
+            return None
+    action = next((action for action in parser._actions if action.dest == key), None)
+    if (hint := getattr(action, "_typehint", None)) is not None:
+        return f"expected {_in_words(hint)}, got {readings[0]!r}."
+    if key in {known.rpartition(".")[0] for known in parser.get_defaults().keys()}:  # noqa: SIM118
+        return f"expected a mapping of settings, got {readings[0]!r}."
+    return "".join(last) or "not accepted."
 
 
-def _overrides(args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    found: dict[str, Any] = {}
+def _in_words(hint: Any) -> str:
+    """A type as an error message says it.
+
+    Example:
+        >>> _in_words(int | None), _in_words(Literal["a", "b"]), _in_words(list[str])
+        ('an integer or null', 'one of a, b', 'a list (each: text)')
+    """
+    plain = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null", Path: "a path"}
+    origin, inside = get_origin(hint), get_args(hint)
+    if hint in plain:
+        return plain[hint]
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_in_words(part) for part in inside))
+    if origin is Literal:
+        return ("one of " if len(inside) > 1 else "") + ", ".join(map(str, inside))
+    if origin is tuple:
+        return f"a list of {len(inside)} (each: {_in_words(inside[0])})"
+    if origin is list:
+        return f"a list (each: {_in_words(inside[0])})"
+    if origin is dict:
+        return "a mapping"
+    return getattr(hint, "__name__", str(hint))
+
+
+def _overrides(args: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
+    found: dict[str, list[Any]] = {}
     problems: list[str] = []
     rest = list(args)
     while rest:
@@ -171,11 +211,15 @@ def _overrides(args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
                 problems.append(f"Expected a value for --{key}.")
                 continue
             value = rest.pop(0)
-        try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            found[key] = value
+        found[key] = [_yaml(value), value]
     return found, problems
+
+
+def _yaml(value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -194,6 +238,13 @@ def _inside_dict(key: str, known: set[str]) -> bool:
     return any(".".join(parts[:i]) in known for i in range(1, len(parts)))
 
 
-def _same_last_part(key: str, known: set[str]) -> list[str]:
-    last = difflib.get_close_matches(key.rpartition(".")[2], {k.rpartition(".")[2] for k in known}, n=1, cutoff=0.7)
-    return sorted(k for k in known if last and k.rpartition(".")[2] == last[0])[:3]
+def _nearest(key: str, known: set[str]) -> str:
+    """The nearest settings: in the same group, then of the same last name anywhere, then by the whole key."""
+    group, _, name = key.rpartition(".")
+    inside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == group]
+    near = [f"{group}.{k}".lstrip(".") for k in difflib.get_close_matches(name, inside, n=2, cutoff=0.7)]
+    if not near:
+        last = difflib.get_close_matches(name, {k.rpartition(".")[2] for k in known}, n=1, cutoff=0.75)
+        near = sorted(k for k in known if last and k.rpartition(".")[2] == last[0])[:3]
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f" Did you mean {' or '.join(near)}?" if near else ""

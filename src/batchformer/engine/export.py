@@ -52,7 +52,9 @@ def export(run: Path, out: Path, formats: tuple[str, ...] = FORMATS) -> list[Pat
     if "onnx" in formats:
         images = torch.zeros(2, facts.in_channels, facts.image_size, facts.image_size)
         written.append(_onnx(_Probabilities(network).eval(), images, out / "model.onnx"))
-    write_json(out / "model.json", {"network": asdict(settings), **asdict(facts), "input": "(image / 255 - mean) / std"})
+    write_json(
+        out / "model.json", {"network": asdict(settings), **asdict(facts), "input": "(image / 255 - mean) / std"}
+    )
     return [*written, out / "model.json"]
 
 
@@ -79,7 +81,13 @@ def _onnx(network: nn.Module, images: torch.Tensor, path: Path) -> Path:
     scratch = path.with_name(f".{path.name}")
     batch = {0: torch.export.Dim("batch", min=1)}
     program = torch.onnx.export(
-        network, (images,), dynamo=True, dynamic_shapes=(batch,), input_names=["images"], output_names=["logits"], verbose=False
+        network,
+        (images,),
+        dynamo=True,
+        dynamic_shapes=(batch,),
+        input_names=["images"],
+        output_names=["logits"],
+        verbose=False,
     )
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing.")

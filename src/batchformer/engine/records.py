@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
@@ -22,12 +23,30 @@ from lightning.pytorch.callbacks import Callback
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = path.with_name(f".{path.name}")
     with scratch.open("w", encoding="utf-8", newline="") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(scratch, path)
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are whole or not there.
+
+    Lightning's own are written to the system's temporary folder and moved: from another file system a move is a copy,
+    which a kill cuts in two.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write beside the old checkpoint, then take its place."""
+        scratch = Path(path).with_name(f".{Path(path).name}")
+        scratch.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -93,14 +112,16 @@ class History(Callback):
         values = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
         if not trainer.fit_loop.epoch_loop._should_check_val_epoch():
             values = {name: value for name, value in values.items() if not name.startswith("val_")}
-        rates = {f"lr_{group.get('name', i)}": group["lr"] for i, group in enumerate(trainer.optimizers[0].param_groups)}
+        rates = {
+            f"lr_{group.get('name', i)}": group["lr"] for i, group in enumerate(trainer.optimizers[0].param_groups)
+        }
         self.rows.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **values, **rates})
         if trainer.is_global_zero:
             self.write()
 
     def write(self) -> None:
         """Write all rows; a metric that an epoch has not is an empty cell."""
-        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        names = list(dict.fromkeys(["epoch", "step", *(name for row in self.rows for name in row)]))
         text = io.StringIO()
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
@@ -131,12 +152,14 @@ class Cost(Callback):
         """Start the clocks."""
         self._epoch_start = self._last = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Note the time since the last step."""
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
-        if batch_idx >= self.skip:
+        if batch_idx >= min(self.skip, trainer.num_training_batches - 1):
             self.step_seconds.append(now - self._last)
         self._last = now
 
@@ -160,9 +183,14 @@ class Cost(Callback):
         return 1000 * sorted(self.step_seconds)[len(self.step_seconds) // 2]
 
 
-def peak_memory_mb() -> float:
-    """Peak memory of this process in MB: of the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of this process in MB: on the GPU where it trains on one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        # Not getrusage where this can be had: its peak outlives exec, and would be that of the parent process.
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 2**10
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

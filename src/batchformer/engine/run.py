@@ -4,10 +4,11 @@ import json
 import logging
 import math
 import os
-import shutil
+import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,8 +21,8 @@ from torch import nn
 from batchformer.core import BatchFormer
 from batchformer.tasks.longtail.task import LongTailTask
 
-from .config import ConfigError, dump, parse
-from .records import Cost, History, environment, peak_memory_mb, write_json, write_text
+from .config import ConfigError, differences, dump, parse
+from .records import Cost, History, WholeCheckpoints, environment, peak_memory_mb, write_json, write_text
 
 DONE = "done"
 
@@ -57,10 +58,7 @@ def fit(
     checkpoint = folder / "checkpoints" / "last.ckpt"
     if first_rank() and (folder / "config.yaml").exists() and not resume:
         raise FileExistsError(f"{folder} has a run already. Go on with --resume, or choose another --name.")
-    if resume and (folder / DONE).exists():
-        say(f"{folder} is finished already.")
-        return cast(dict[str, Any], json.loads((folder / "result.json").read_text(encoding="utf-8")))
-    _quiet()
+    quiet()
     history, cost = History(folder / "metrics.csv"), Cost()
     keeper = ModelCheckpoint(
         checkpoint.parent, filename="last", save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
@@ -68,17 +66,24 @@ def fit(
     cli = parse(recipe, overrides, **_surroundings(folder, [history, cost, keeper]))
     trainer: Trainer = cli.trainer
     task = cast(LongTailTask, cli.model)
+    trainer.strategy.checkpoint_io = WholeCheckpoints()
     if first_rank():
         _settle_config(folder, dump(cli), resume)
-        write_json(folder / "environment.json", environment(str(trainer.precision), command))
+    if resume and (folder / DONE).exists():
+        say(f"{folder} is finished already.")
+        return cast(dict[str, Any], json.loads((folder / "result.json").read_text(encoding="utf-8")))
+    if first_rank():
+        _settle_environment(folder, environment(str(trainer.precision), command))
     going_on = resume and checkpoint.exists()
-    say(f"{'Resuming' if going_on else 'Training'} {folder}: {_words(cli)}")
-    trainer.fit(task, cli.datamodule, ckpt_path=checkpoint if going_on else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    if trainer.max_epochs == 0:
-        trainer.save_checkpoint(checkpoint)  # tau-normalization trains nothing, and is a run like any other
-    trainer.test(task, cli.datamodule, verbose=False)
+    if first_rank():
+        say(f"{'Resuming' if going_on else 'Training'} {folder}: {_words(cli)}")
+    with _keeping_nothing_unsaved(folder):
+        trainer.fit(task, cli.datamodule, ckpt_path=checkpoint if going_on else None, weights_only=True)
+        if trainer.max_epochs == 0:
+            trainer.save_checkpoint(checkpoint)  # tau-normalization trains nothing, and is a run like any other
+            history.write()
+        # What is tested is what was saved: a run that was killed after its last epoch has nothing else.
+        trainer.test(task, cli.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
     result = _result(cli, name, cost, {k: float(v) for k, v in trainer.callback_metrics.items()})
     if trainer.is_global_zero:
         write_json(folder / "result.json", result)
@@ -86,7 +91,7 @@ def fit(
     return result
 
 
-def test(run: Path) -> dict[str, float]:
+def test(run: Path) -> dict[str, float | None]:
     """The plain network of a run on the test split.
 
     Raises:
@@ -95,10 +100,26 @@ def test(run: Path) -> dict[str, float]:
     checkpoint = run / "checkpoints" / "last.ckpt"
     if not checkpoint.exists():
         raise FileNotFoundError(f"Expected {checkpoint}, but it is not there. Train first, or go on with fit --resume.")
-    _quiet()
-    cli = parse(run / "config.yaml", (), **_surroundings(run, []))
+    quiet()
+    # However many devices trained it: one process meets every test image once, and can be had anywhere.
+    alone = ("--trainer.devices=1", "--trainer.strategy=auto", "--trainer.num_nodes=1")
+    cli = parse(run / "config.yaml", alone, **_surroundings(run, []))
     cli.trainer.test(cli.model, cli.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
     return _fractions({k: float(v) for k, v in cli.trainer.callback_metrics.items()})
+
+
+@contextmanager
+def _keeping_nothing_unsaved(folder: Path) -> Iterator[None]:
+    """A run that fails before its first checkpoint (wrong data, say) does not stand in the way of the next try."""
+    try:
+        yield
+    except SystemExit:  # Lightning ends the process on Ctrl-C and SIGTERM; the caller has a word to say first
+        with suppress(ValueError):  # Lightning also left Ctrl-C switched off; only a main thread may say so
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise KeyboardInterrupt from None
+    finally:
+        if first_rank():
+            discard(folder)
 
 
 def first_rank() -> bool:
@@ -125,15 +146,24 @@ def _settle_config(folder: Path, text: str, resume: bool) -> None:
     path = folder / "config.yaml"
     if resume and path.exists():
         before = path.read_text(encoding="utf-8")
-        if before != text:
-            now, then = text.splitlines(), before.splitlines()
-            changed = [f"  {line.strip()} (was: {old.strip()})" for line, old in zip(now, then, strict=False) if line != old]
+        if changed := differences(before, text):
+            listed = "".join(f"\n  {line}" for line in changed)
             raise ConfigError(
-                f"Expected the settings that {folder} was started with, got others:\n" + "\n".join(changed[:10]) + "\n"
-                "Resume without overrides, or start another run with --name."
+                f"Expected the settings that {folder} was started with, got others:{listed}\n"
+                "Resume with the same settings, or start another run with --name."
             )
         return
     write_text(path, text)
+
+
+def _settle_environment(folder: Path, now: dict[str, Any]) -> None:
+    """What a run was started in stays; each resumption is noted beside it."""
+    path = folder / "environment.json"
+    if path.exists():
+        first = json.loads(path.read_text(encoding="utf-8"))
+        resumed = {key: now[key] for key in ("date", "command", "precision")}
+        now = {**first, "resumed": [*first.get("resumed", []), resumed]}
+    write_json(path, now)
 
 
 def _result(cli: LightningCLI, name: str, cost: Cost, metrics: dict[str, float]) -> dict[str, Any]:
@@ -154,7 +184,7 @@ def _result(cli: LightningCLI, name: str, cost: Cost, metrics: dict[str, float])
         ],
         "cost": {
             "step_ms": cost.step_ms(),
-            "peak_memory_mb": peak_memory_mb(),
+            "peak_memory_mb": peak_memory_mb(cli.trainer.strategy.root_device),
             "parameters_train": total,
             "parameters_test": total - module,
             "train_seconds": cost.train_seconds,
@@ -167,7 +197,7 @@ def _result(cli: LightningCLI, name: str, cost: Cost, metrics: dict[str, float])
     }
 
 
-def _fractions(metrics: dict[str, float]) -> dict[str, float | None]:  # type: ignore[type-arg]
+def _fractions(metrics: dict[str, float]) -> dict[str, float | None]:
     named = {name.removeprefix("test_"): value for name, value in metrics.items() if name.startswith("test_")}
     return {name: None if math.isnan(value) else value for name, value in named.items()}
 
@@ -178,7 +208,7 @@ def _words(cli: LightningCLI) -> str:
     return f"{task.plug_in.arm}, seed {task.seed}, {device}, {cli.trainer.precision}, {torch.get_num_threads()} threads"
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Lightning's notes on hardware and tips are no news to the user of a recipe."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -187,6 +217,7 @@ def _quiet() -> None:
         ".*smaller than the logging interval.*",
         ".*LeafSpec.*",
         ".*callbacks used to create the checkpoint.*",  # `test` needs none of them
+        ".*checkpoint outside the 'fit' stage.*",  # and no moving average beside the weights
         ".*exists and is not empty.*",  # of a resumed run
         ".*dirpath has changed.*",  # of a run folder that was moved, or named from elsewhere
         ".*in eval mode at the start of training.*",  # the frozen part of a second stage
@@ -195,6 +226,11 @@ def _quiet() -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a run that never saved anything, so that it can be started afresh."""
-    if not (folder / "checkpoints" / "last.ckpt").exists():
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove the records of a run that never saved anything, so that it can be started afresh; nothing else there."""
+    if (folder / "checkpoints" / "last.ckpt").exists():
+        return
+    for name in ("config.yaml", "environment.json", "metrics.csv"):
+        (folder / name).unlink(missing_ok=True)
+    for empty in (folder / "checkpoints", folder):
+        with suppress(OSError):
+            empty.rmdir()

@@ -308,7 +308,7 @@ def test_list_errors(tmp_path: Path, write_images: Writer) -> None:
     with pytest.raises(DataError, match=r"1 of 3 classes have none:\n  1 \(1\)"):
         ready("imagenet-lt", str(tmp_path))
     train.write_text("\n".join([*good, "pictures/gone.jpg 0", "pictures/lost.jpg 1"]))
-    with pytest.raises(DataNotFoundError, match="Could not find 2 of 11 train images"):
+    with pytest.raises(DataNotFoundError, match="Could not find 2 of 11 listed images"):
         ready("imagenet-lt", str(tmp_path))
     train.write_text("\n".join(good))
     (tmp_path / names["val"]).write_text(good[0][:-1] + "3\n" + good[1][:-1] + "-7\n")

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from batchformer.data import checks, fetch, images
+from batchformer.data import checks, fetch, images, lists
 from batchformer.data.loader import ImageDataset, ImageLoader, TensorLoader
 from batchformer.data.samplers import EpochSampler, EvalSampler, SamplerKind
 from batchformer.data.transforms import SMALL, BatchAugment, Mix, image_augment, image_eval
@@ -177,10 +177,12 @@ class LongTailData(LightningDataModule):
         parts["train"] = self._cut(parts["train"], len(classes))
         counts = torch.bincount(parts["train"].labels, minlength=len(classes))
         checks.check_classes(counts, classes)
-        for name, samples in {id(part): (name, part.samples) for name, part in parts.items()}.values():
-            if samples is not None:
-                cache = fetch.data_root() / "checked"
-                checks.check_samples(samples, what=name, cache=cache, decode=self.check_images)
+        files = [
+            part.samples for part in {id(part): part for part in parts.values()}.values() if part.samples is not None
+        ]
+        if files:
+            cache = fetch.data_root() / "checked"
+            checks.check_samples(lists.joined(files), what="listed", cache=cache, decode=self.check_images)
         return parts, classes, counts
 
     def _cut(self, train: Part, num_classes: int) -> Part:

@@ -11,7 +11,8 @@ class NetworkSettings:
     """The network.
 
     Attributes:
-        backbone: ``small_resnet``, ``resnet32``, ``resnet10``, ``resnet50``, ``resnext50``, ``resnet152`` or any timm name.
+        backbone: ``small_resnet``, ``resnet32``, ``resnet10``, ``resnet50``, ``resnext50``, ``resnet152`` or any timm
+            name.
         kind: One classifier, RIDE's experts, or PaCo's two encoders.
         cosine: Cosine classifier; ``None`` takes the kind's own.
         pretrained: Start from timm's ImageNet weights.
@@ -41,9 +42,9 @@ class LossSettings:
         settings: Its arguments, for example ``reweight_epoch``; an unknown one is refused with the list of known ones.
     """
 
-    name: Literal[
-        "cross_entropy", "balanced_softmax", "class_balanced", "logit_adjusted", "ldam", "ride", "paco"
-    ] = "balanced_softmax"
+    name: Literal["cross_entropy", "balanced_softmax", "class_balanced", "logit_adjusted", "ldam", "ride", "paco"] = (
+        "balanced_softmax"
+    )
     settings: dict[str, Any] = field(default_factory=dict)
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from torch import Tensor, nn
 
@@ -21,6 +21,11 @@ from .paco import PaCoOutput
 from .restore import DataFacts, build_network, load_network, second_stage
 from .ride import RIDE, RoutedOutput, RoutingOutput
 from .settings import BatchFormerSettings, LossSettings, NetworkSettings, OptimizerSettings, StageSettings
+
+DIVERGED = (
+    "Lower model.optimizer.lr, raise model.optimizer.warmup_epochs, clip with trainer.gradient_clip_val, or run with "
+    "precision=32-true."
+)
 
 
 class LongTailTask(LightningModule):
@@ -84,7 +89,7 @@ class LongTailTask(LightningModule):
                 torch.manual_seed(derive_seed(self.seed, 1))
                 self.handle = self._insert(self.network)
         if self.channels_last or (self.channels_last is None and "bf16" in str(self.trainer.precision)):
-            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.network.to(memory_format=torch.channels_last)
         if self.compiles:
             self.network.compile()  # in place: the names in a checkpoint stay
         counts = torch.tensor(self.facts.counts)
@@ -141,10 +146,9 @@ class LongTailTask(LightningModule):
             loss = self._loss(self(images), targets, images)
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
-                f"Expected a finite loss, got {loss.item()} in epoch {self.current_epoch}, batch {batch_idx}. Lower "
-                "optimizer.lr, raise warmup_epochs, clip with trainer.gradient_clip_val, or run with precision=32-true."
+                f"Expected a finite loss, got {loss.item()} in epoch {self.current_epoch}, batch {batch_idx}. {DIVERGED}"
             )
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(targets))
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(targets), sync_dist=True)
         return loss
 
     def _loss(self, outputs: Any, targets: Tensor, images: Tensor) -> Tensor:
@@ -186,9 +190,11 @@ class LongTailTask(LightningModule):
         images, targets = batch
         outputs = self(self._format(images))
         if isinstance(outputs, RoutedOutput):
-            self.log(f"{split}_experts_used", outputs.experts_used, batch_size=len(targets))
+            self.log(f"{split}_experts_used", outputs.experts_used, batch_size=len(targets), sync_dist=True)
             outputs = outputs.logits
         logits = outputs.mean(dim=1) if outputs.dim() == 3 else outputs
+        if not bool(torch.isfinite(logits).all()):
+            raise FloatingPointError(f"Expected finite logits of the {split} images, got others. {DIVERGED}")
         self.metrics[split].update(logits, targets)  # type: ignore[operator]
 
     def on_validation_epoch_end(self) -> None:
@@ -204,7 +210,8 @@ class LongTailTask(LightningModule):
         values = metric.compute()
         metric.reset()
         self.per_class = values.pop("per_class").tolist()
-        self.log_dict({f"{split}_{name}": value.float() for name, value in values.items()})
+        # The same on every rank; averaging them changes nothing, and Lightning asks for it.
+        self.log_dict({f"{split}_{name}": value.float() for name, value in values.items()}, sync_dist=True)
 
     def _format(self, images: Tensor) -> Tensor:
         if self.channels_last or (self.channels_last is None and "bf16" in str(self.trainer.precision)):
@@ -239,7 +246,7 @@ class LongTailTask(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """The moving average, where it is asked for."""
-        return [] if self.ema is None else [EMAWeightAveraging(decay=self.ema)]
+        return [] if self.ema is None else [MovingAverage(decay=self.ema)]
 
     # ---------------------------------------------------------------- saving
 
@@ -250,6 +257,29 @@ class LongTailTask(LightningModule):
             "second": self.stage.second,
             "data": asdict(cast(DataFacts, self.facts)),
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with other data: the rest of a run would not be that run.
+
+        Raises:
+            ValueError: When classes or counts differ from those that the run was started with.
+        """
+        before, now = checkpoint["longtail"]["data"], asdict(cast(DataFacts, self.facts))
+        for key, what in (("classes", "classes"), ("counts", "training images of each class")):
+            if before[key] != now[key]:
+                raise ValueError(
+                    f"Expected the data that this run was trained on, but the {what} have changed: {before[key]} then, "
+                    f"{now[key]} now. Bring the data back, or start another run."
+                )
+
+
+class MovingAverage(EMAWeightAveraging):
+    """Lightning's, on a network that `LongTailTask.setup` builds: callbacks are set up before the module."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have the network built, then copy it."""
+        pl_module.setup(stage)
+        super().setup(trainer, pl_module, stage)
 
 
 def learning_rate_factor(step: int, steps: int, epoch_steps: int, settings: OptimizerSettings) -> float:

@@ -1,0 +1,265 @@
+"""One run: its records, its resumption, its export."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from batchformer.engine import records
+from batchformer.engine import run as engine
+from batchformer.engine.config import ConfigError, parse
+from batchformer.engine.export import export
+from batchformer.engine.recipes import find_recipe
+from batchformer.tasks.longtail.restore import load_network
+
+
+RECIPE = find_recipe("longtail/folder").path
+
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def run(small: Callable[..., list[str]]) -> Run:
+    def fit_small(folder: Path, *more: str, resume: bool = False, epochs: int = 3) -> dict[str, Any]:
+        overrides = small(*more, epochs=epochs)
+        return engine.fit(RECIPE, overrides, folder, name="longtail/folder", resume=resume, command="test")
+
+    return fit_small
+
+
+def same_end(one: Path, other: Path) -> None:
+    results = [json.loads((folder / "result.json").read_text()) for folder in (one, other)]
+    assert results[0]["metrics"] == results[1]["metrics"]
+    assert results[0]["per_class"] == results[1]["per_class"]
+    assert (one / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
+    states = [torch.load(f / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for f in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.fixture(scope="module")
+def finished(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    os.environ.setdefault("BATCHFORMER_DATA", str(folder.parent / "data"))
+    run(folder)
+    return folder
+
+
+def test_a_run_leaves_complete_records(finished: Path) -> None:
+    assert (finished / "done").exists()
+    result = json.loads((finished / "result.json").read_text())
+    assert result["arm"] == "batchformer"
+    assert set(result["metrics"]) == {"top1", "top5", "many", "medium", "few", "macro_f1", "ece"}
+    assert [entry["name"] for entry in result["per_class"]] == ["blue", "green", "red"]
+    cost = result["cost"]
+    assert cost["parameters_train"] - cost["parameters_test"] == 6 * 64**2 + 10 * 64
+    assert cost["peak_memory_mb"] > 50
+    assert result["host"]["precision"] in ("32-true", "bf16-mixed")
+    environment = json.loads((finished / "environment.json").read_text())
+    assert environment["versions"]["torch"] and environment["hardware"]["cores"] and environment["command"] == "test"
+    rows = list(csv.DictReader((finished / "metrics.csv").read_text().splitlines()))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert all(float(row["train_loss"]) > 0 and row["val_top1"] and row["lr_batchformer"] for row in rows)
+    # The resolved config is a recipe again.
+    assert parse(finished / "config.yaml", logger=False).model.optimizer_settings.lr == 0.05
+
+
+def test_training_learns(finished: Path) -> None:
+    rows = list(csv.DictReader((finished / "metrics.csv").read_text().splitlines()))
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+
+
+def test_an_existing_run_is_not_overwritten(run: Run, finished: Path) -> None:
+    before = (finished / "result.json").read_bytes()
+    with pytest.raises(FileExistsError, match=r"has a run already. Go on with --resume, or choose another --name"):
+        run(finished)
+    assert run(finished, resume=True) == json.loads(before)
+    assert (finished / "result.json").read_bytes() == before
+
+
+def test_other_settings_are_refused_on_resume(run: Run, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text((finished / "config.yaml").read_text())
+    with pytest.raises(
+        ConfigError, match=r"(?s)settings that .* was started with, got others:.*lr: 0.5 \(was: lr: 0.05\)"
+    ):
+        run(folder, "--model.optimizer.lr=0.5", resume=True)
+
+
+def test_the_plain_network_gives_the_recorded_metrics(finished: Path) -> None:
+    assert engine.test(finished) == json.loads((finished / "result.json").read_text())["metrics"]
+    network, facts, _ = load_network(finished)
+    assert not any("batchformer" in key for key in network.state_dict())
+    assert sum(facts.counts) < 44
+    assert not network.training
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="Expected a run folder with checkpoints/last.ckpt"):
+        load_network(tmp_path)
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="without the entry 'longtail'"):
+        load_network(tmp_path / "other.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"last.ckpt, but it is not there. Train first"):
+        engine.test(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["plain", "ride"])
+def test_exports_equal_the_plain_network(kind: str, run: Run, finished: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from safetensors.torch import load_file
+
+    folder = finished
+    if kind == "ride":
+        folder = tmp_path / "ride"
+        run(folder, "--model.network.kind=ride", "--model.loss.name=ride", epochs=1)
+    written = export(folder, tmp_path / "out")
+    assert [path.name for path in written] == ["model.safetensors", "model.onnx", "model.json"]
+    network, facts, _ = load_network(folder)
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    assert state.keys() == network.state_dict().keys()
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    for rows in (1, 5):  # any batch size
+        x = torch.randn(rows, facts.in_channels, facts.image_size, facts.image_size)
+        with torch.no_grad():
+            expected = network(x)
+        expected = expected.mean(1) if kind == "ride" else expected
+        (found,) = session.run(None, {"images": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+    facts_written = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert facts_written["classes"] == ["blue", "green", "red"]
+    with pytest.raises(ValueError, match=r"formats out of .* got \['pickle'\]"):
+        export(folder, tmp_path / "out", ("pickle",))
+
+
+# ---------------------------------------------------------------- interruption
+
+
+class Stopped(Exception):
+    """Somebody pulled the plug."""
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--data.sampler=progressive", "--model.optimizer.warmup_epochs=2"],
+        ["--data.mixup_alpha=0.4", "--data.cutmix_alpha=1.0", "--precision=32-true"],
+        ["--model.loss.name=ldam", "--model.loss.settings.reweight_epoch=2", "--model.network.cosine=true"],
+    ],
+    ids=["progressive", "mixup", "deferred"],
+)
+def test_resumes_to_the_same_end(more: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from batchformer.tasks.longtail.task import LongTailTask
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(whole, *more)
+    original = LongTailTask.training_step
+
+    def failing(self: LongTailTask, batch: Any, batch_idx: int) -> Any:
+        if self.current_epoch == 1 and batch_idx == 1:
+            raise Stopped
+        return original(self, batch, batch_idx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LongTailTask, "training_step", failing)
+        with pytest.raises(Stopped):
+            run(broken, *more)
+    assert not (broken / "done").exists()
+    run(broken, *more, resume=True)
+    same_end(whole, broken)
+
+
+def started(small: Callable[..., list[str]], out: Path, name: str, resume: bool = False) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "batchformer", "fit", "longtail/folder", f"--out={out}", f"--name={name}"]
+    command += [*(["--resume"] if resume else []), *small(epochs=12)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+
+
+def ended_well(process: "subprocess.Popen[str]") -> None:
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+
+
+def wait_for_epochs(folder: Path, epochs: int, process: "subprocess.Popen[str]") -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        file = folder / "metrics.csv"
+        if file.exists() and len(file.read_text().splitlines()) > epochs:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"never came to epoch {epochs}: {process.communicate()}")
+
+
+@pytest.mark.timeout(400)
+def test_killed_at_any_moment_and_resumed_ends_with_the_same_numbers(
+    small: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """SIGKILL twice, at different moments of real processes; nothing is tidied up."""
+    whole = started(small, tmp_path, "whole")
+    ended_well(whole)
+    for turn, (epochs, pause) in enumerate([(2, 0.0), (7, 0.02)]):
+        process = started(small, tmp_path, "killed", resume=turn > 0)
+        wait_for_epochs(tmp_path / "killed", epochs, process)
+        time.sleep(pause)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert not (tmp_path / "killed" / "done").exists()
+    last = started(small, tmp_path, "killed", resume=True)
+    ended_well(last)
+    same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.timeout(200)
+def test_ctrl_c_says_how_to_go_on(small: Callable[..., list[str]], tmp_path: Path) -> None:
+    process = started(small, tmp_path, "run")
+    wait_for_epochs(tmp_path / "run", 2, process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Interrupted. Nothing is lost: go on with" in stderr
+    assert "--name=run" in stderr and "--resume" in stderr
+    assert "Traceback" not in stderr
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_run_that_never_saved_leaves_no_trace_but_what_was_there(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "mine").mkdir(parents=True)
+    with pytest.raises(ValueError, match="nowhere"):
+        run(folder, f"--data.root={tmp_path / 'nowhere'}")
+    assert [path.name for path in folder.iterdir()] == ["mine"]
+
+
+def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "result.json"
+    records.write_text(path, "old")
+
+    def broken(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="disk full"):
+        records.write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(
+        FloatingPointError, match=r"finite loss, got (nan|inf) in epoch \d+, batch \d+. Lower optimizer.lr"
+    ):
+        run(tmp_path / "run", "--model.optimizer.lr=1e30", "--precision=32-true")
