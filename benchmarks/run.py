@@ -165,9 +165,9 @@ def print_peak(kind: str, shape: tuple[int, ...]) -> None:
     if sys.platform != "linux":
         raise SystemExit("Peak memory is read from /proc: Linux only.")
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = peak_resident()
+    resident = peak_resident()
     step()
-    print(peak_resident() - before)
+    print(peak_resident() - resident)
 
 
 def peak_resident() -> float:

@@ -20,6 +20,18 @@ OVERRIDES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(words)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # batchformer ls | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(words: list[str]) -> int:
+    command = shlex.join(["batchformer", *words])
     parser, verbs = _parsers()
     verb = next((word for word in words if not word.startswith("-")), None)
     overrides: list[str] = []
@@ -30,33 +42,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     arguments.overrides = overrides
-    arguments.command = shlex.join(["batchformer", *(sys.argv[1:] if argv is None else argv)])
+    arguments.command = command
     try:
         status = arguments.run(arguments)
     except KeyboardInterrupt:
-        again = arguments.command if "--resume" in words else f"{arguments.command} --resume"
-        print(f"\nInterrupted. Nothing is lost: go on with\n    {again}", file=sys.stderr)
+        again = command if "--resume" in words else f"{command} --resume"
+        way = f" Nothing is lost: go on with\n    {again}" if arguments.verb in ("fit", "compare") else ""
+        print(f"\nInterrupted.{way}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # batchformer ls | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError, FloatingPointError) as error:
-        if os.environ.get("BATCHFORMER_TRACEBACK"):
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if os.environ.get("BATCHFORMER_TRACEBACK") or not _explains_itself(error):
             raise
         print(f"batchformer {arguments.verb}: {error}", file=sys.stderr)
         return 2
     return int(status or 0)
 
 
+def _explains_itself(error: Exception) -> bool:
+    """Whether an error is one that the user can mend, and not a defect of the program."""
+    users = (ValueError, OSError, ImportError, FloatingPointError)
+    return isinstance(error, users) or type(error).__name__ == "MisconfigurationException"  # the Trainer's word
+
+
 class _Parser(argparse.ArgumentParser):
     """Says which option or verb is nearest to a wrong one."""
 
     def error(self, message: str) -> NoReturn:
-        wrong = next((word for word in message.replace("'", " ").split() if word.startswith("--")), None)
-        near = difflib.get_close_matches(wrong or "", self._option_string_actions, n=1)
+        words = message.replace("'", " ").split()
+        if message.startswith(("unrecognized", "unknown option")):
+            wrong, known = next((word for word in words if word.startswith("-")), ""), list(self._option_string_actions)
+        elif "invalid choice" in message:
+            wrong, known = words[words.index("choice:") + 1], [word.strip("(),") for word in words if word[-1] in ",)"]
+        else:
+            wrong, known = "", []
+        near = difflib.get_close_matches(wrong.partition("=")[0], known, n=1)
         self.exit(
             2, f"{self.prog}: {message}{f'. Did you mean {near[0]}?' if near else ''}\nHelp: {self.prog} --help\n"
         )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in argparse, except that a verb itself refuses what it does not know, in its own name."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -127,8 +158,8 @@ def _take_overrides(words: list[str], verb: argparse.ArgumentParser) -> tuple[li
         key, equals, _ = word.partition("=")
         if not key.startswith("--") or key in own:
             mine.append(word)
-        elif "." not in key and (near := difflib.get_close_matches(key, own, n=1, cutoff=0.8)):
-            verb.error(f"unknown option {key}. Did you mean {near[0]}?")
+        elif "." not in key and difflib.get_close_matches(key, own, n=1, cutoff=0.8):
+            verb.error(f"unknown option {key}")
         elif equals or not rest or rest[0].startswith("--"):
             settings.append(word)
         else:
@@ -171,11 +202,12 @@ def _data(arguments: argparse.Namespace) -> None:
 
 
 def _fit(arguments: argparse.Namespace) -> None:
-    from batchformer.engine.config import dump, parse
     from batchformer.engine.recipes import find_recipe
+
+    recipe = find_recipe(arguments.recipe)  # before the slow imports
+    from batchformer.engine.config import dump, parse
     from batchformer.engine.run import first_rank, fit, quiet
 
-    recipe = find_recipe(arguments.recipe)
     if arguments.print_config:
         quiet()
         print(dump(parse(recipe.path, arguments.overrides, logger=False)))
@@ -277,7 +309,10 @@ def _slug(name: str) -> str:
 
 
 def _metrics_line(metrics: dict[str, float | None]) -> str:
-    return ", ".join(f"{name} {'-' if value is None else f'{100 * value:.2f} %'}" for name, value in metrics.items())
+    def shown(name: str, value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}" if name == "experts_used" else f"{100 * value:.2f} %"
+
+    return ", ".join(f"{name} {shown(name, value)}" for name, value in metrics.items())
 
 
 def _print_columns(rows: Sequence[tuple[str, ...]]) -> None:

@@ -87,6 +87,7 @@ TABLE: dict[str, tuple[Build, int, list[str]]] = {
     "timm dla, 1x1 convolution": (timm_model("dla34"), 64, ["fc"]),
     "timm levit, distilled": (timm_model("levit_128s", img_size=64), 64, ["head.linear", "head_dist.linear"]),
     "timm repvit": (timm_model("repvit_m0_9"), 64, ["head.head.l", "head.head_dist.l"]),
+    "timm iformer, undistilled": (timm_model("iformer_t"), 64, ["head.head.l"]),
     "timm volo, patch head": (timm_model("volo_d1_224", img_size=64), 64, ["head", "aux_head"]),
     "torchvision resnet": (torchvision_model("resnet18"), 32, ["fc"]),
     "torchvision efficientnet": (torchvision_model("efficientnet_b0"), 32, ["classifier.1"]),
@@ -233,13 +234,3 @@ def test_architecture(case: str) -> None:
     assert remove(model) is model
     assert list(model.state_dict()) == keys
     assert logits_of(model.train(), images).equal(plain_train)
-
-
-def test_bit_identity_in_fp32() -> None:
-    """In eval() nothing is computed that was not before, so identity holds in every type."""
-    model = TABLE["timm vit"][0]().eval()
-    images = torch.randn(N, 3, 32, 32)
-    with torch.no_grad():
-        before = model(images)
-        insert(model, before="auto")
-        assert model.eval()(images).equal(before)

@@ -138,6 +138,13 @@ def token_counts_must_agree(rank: int, world: int) -> None:
         module(torch.randn(2, 3 + rank, DIM))
 
 
+def masks_must_be_on_every_rank_or_on_none(rank: int, world: int) -> None:
+    """A rank without a mask would not take part in gathering them: the others would wait for ever."""
+    mask = torch.zeros(2, 3, dtype=torch.bool) if rank == 0 else None
+    with pytest.raises(ValueError, match=r"a mask on every rank or on none .* got \[True, False\] by rank"):
+        BatchFormer(DIM, gather="all")(torch.randn(2, 3, DIM), mask=mask)
+
+
 def one_sample_each_is_no_single_sample(rank: int, world: int) -> None:
     """No warning (warnings are errors here): there are other samples, on the other rank."""
     assert BatchFormer(DIM, gather="all")(torch.randn(1, DIM)).shape == (2, DIM)
@@ -181,6 +188,7 @@ def test_two_processes(tmp_path: Path) -> None:
         under_fsdp,
         empty_batch_raises_everywhere,
         token_counts_must_agree,
+        masks_must_be_on_every_rank_or_on_none,
         one_sample_each_is_no_single_sample,
         wrong_gather_is_seen,  # last: it breaks the gather
     ]

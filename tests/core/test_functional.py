@@ -1,300 +1,318 @@
-"""The formulas against plain loops, the CPU's dropout against its definition, tiles against the whole."""
+"""The layer against plain loops in fp64 and against torch's own layer."""
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from batchformer import BatchFormer
 from batchformer.core import functional
-from batchformer.core.functional import LayerWeights, attend_over_batch, dropout, encoder_layer
-from batchformer.core.modules import BatchFormerLayer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*batch of one sample")
+SHAPES = [(6, 8), (5, 3, 8), (1, 2, 8), (2, 4, 8)]
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
+def layer(dim: int = 8, heads: int = 2, drop: float = 0.0, **more: object) -> BatchFormer:
     torch.manual_seed(0)
+    module = BatchFormer(dim, heads, drop=drop, **more).double()  # type: ignore[arg-type]
+    for parameter in module.parameters():  # biases and norms away from their zeros and ones
+        nn.init.normal_(parameter, std=0.4)
+    return module
 
 
-def random(*shape: int, grad: bool = False) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
-
-
-def some_weights(dim: int, hidden: int | None = None) -> LayerWeights:
-    layer = BatchFormerLayer(dim, 1, hidden or dim, 0.0).double()
-    for parameter in layer.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return layer.weights()
-
-
-# --- the oracle: one sample, one head, one token at a time -------------------------------------------------------
-
-
-def normalised(row: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    mean = sum(row) / len(row)
-    variance = sum((value - mean) ** 2 for value in row) / len(row)
-    return torch.stack([(v - mean) / torch.sqrt(variance + 1e-5) * s + b for v, s, b in zip(row, scale, shift)])
-
-
-def layer_by_loops(x: Tensor, w: LayerWeights, num_heads: int, padding: Tensor | None = None) -> Tensor:
-    """x (N, T, C); the paper's formulas, written with Python loops."""
-    N, T, C = x.shape
-    D = C // num_heads
-    rows = []
-    for i in range(N):
-        tokens = []
-        for t in range(T):
-            if padding is not None and padding[i, t]:
-                tokens.append(x[i, t])
+def by_loops(module: BatchFormer, x: Tensor, padding: Tensor | None = None, itself: bool = False) -> Tensor:
+    """One layer, sample by sample, head by head, token by token."""
+    w = module.layers[0].weights()  # type: ignore[operator]
+    x_NTC = x.unsqueeze(1) if x.dim() == 2 else x
+    N, T, C = x_NTC.shape
+    H = module.num_heads
+    D = C // H
+    out = torch.empty_like(x_NTC)
+    for t in range(T):
+        for n in range(N):
+            if padding is not None and padding[n, t]:
+                out[n, t] = x_NTC[n, t]
                 continue
+            seen = [m for m in range(N) if (m == n) or not (itself or (padding is not None and padding[m, t]))]
             heads = []
-            for h in range(num_heads):
-                part = [slice(block * C + h * D, block * C + (h + 1) * D) for block in range(3)]
-                query, key, value = (
-                    [w.in_proj_weight[p] @ x[j, t] + w.in_proj_bias[p] for j in range(N)] for p in part
-                )
-                seen = [j for j in range(N) if padding is None or not padding[j, t]]
-                scores = [torch.exp(query[i] @ key[j] / math.sqrt(D)) for j in seen]
-                heads.append(sum(s / sum(scores) * value[j] for s, j in zip(scores, seen)))
-            mixed = w.out_proj_weight @ torch.cat(heads) + w.out_proj_bias
-            hidden = normalised(x[i, t] + mixed, w.norm1_weight, w.norm1_bias)
-            ff = w.linear2_weight @ (w.linear1_weight @ hidden + w.linear1_bias).clamp(min=0) + w.linear2_bias
-            tokens.append(normalised(hidden + ff, w.norm2_weight, w.norm2_bias))
-        rows.append(torch.stack(tokens))
-    return torch.stack(rows)
+            for h in range(H):
+                part = slice(h * D, (h + 1) * D)
+                q = (w.in_proj_weight[:C] @ x_NTC[n, t] + w.in_proj_bias[:C])[part]
+                k = [(w.in_proj_weight[C : 2 * C] @ x_NTC[m, t] + w.in_proj_bias[C : 2 * C])[part] for m in seen]
+                v = [(w.in_proj_weight[2 * C :] @ x_NTC[m, t] + w.in_proj_bias[2 * C :])[part] for m in seen]
+                scores = [math.exp(float(q @ key) / math.sqrt(D)) for key in k]
+                heads.append(sum(s / sum(scores) * value for s, value in zip(scores, v, strict=True)))
+            mixed = w.out_proj_weight @ torch.cat(heads) + w.out_proj_bias  # type: ignore[arg-type]
+            hidden = norm(x_NTC[n, t] + mixed, w.norm1_weight, w.norm1_bias)
+            after = w.linear2_weight @ (w.linear1_weight @ hidden + w.linear1_bias).clamp(min=0) + w.linear2_bias
+            out[n, t] = norm(hidden + after, w.norm2_weight, w.norm2_bias)
+    return out.view_as(x)
 
 
-@pytest.mark.parametrize(("n", "t", "heads"), [(1, 1, 1), (5, 1, 2), (3, 4, 3)])
-def test_layer_equals_the_loops(n: int, t: int, heads: int) -> None:
-    x, weights = random(n, t, 6), some_weights(6, hidden=5)
-    torch.testing.assert_close(encoder_layer(x, weights, heads), layer_by_loops(x, weights, heads))
+def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return (x - x.mean()) / torch.sqrt(((x - x.mean()) ** 2).mean() + 1e-5) * weight + bias
 
 
-def test_layer_with_padding_equals_the_loops() -> None:
-    x, weights = random(4, 3, 6), some_weights(6)
+def torchs(module: BatchFormer) -> nn.TransformerEncoderLayer:
+    """torch's layer with the same weights."""
+    first = module.layers[0]
+    like = nn.TransformerEncoderLayer(module.dim, module.num_heads, first.linear1.out_features, module.drop).double()
+    like.load_state_dict(first.state_dict())
+    return like
+
+
+def as_published(like: nn.TransformerEncoderLayer, x: Tensor) -> Tensor:
+    out: Tensor = like(x.unsqueeze(1)).squeeze(1) if x.dim() == 2 else like(x)
+    return out
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_a_plain_loop(shape: tuple[int, ...]) -> None:
+    module, x = layer(), torch.randn(shape, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(module.mix(x), by_loops(module, x), rtol=1e-10, atol=1e-10)
+
+
+def test_self_attention_of_each_alone_equals_a_plain_loop_and_batches_of_one() -> None:
+    module, x = layer(attend="self"), torch.randn(4, 3, 8, dtype=torch.float64)
+    with torch.no_grad():
+        mixed = module.mix(x)
+        torch.testing.assert_close(mixed, by_loops(module, x, itself=True), rtol=1e-10, atol=1e-10)
+        module.attend = "batch"
+        alone = torch.cat([module.eval().mix(x[n : n + 1]) for n in range(4)])
+    torch.testing.assert_close(mixed, alone, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (64, 8), (3, 700, 8)])
+@pytest.mark.parametrize("drop", [0.0, 0.5, 0.1])
+def test_equals_torchs_layer_in_values_and_gradients(shape: tuple[int, ...], drop: float) -> None:
+    """With dropout too, under the same seed, at the sizes where torch's own dropout is used."""
+    if drop and math.prod(shape) * shape[0] >= functional._SMALL:
+        pytest.skip("above this size the random numbers are our own")
+    module = layer(drop=drop)
+    like = torchs(module)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    torch.manual_seed(3)
+    ours = module.mix(x)
+    torch.manual_seed(3)
+    theirs = as_published(like, y)
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    direction = torch.randn_like(ours)
+    ours.backward(direction)
+    theirs.backward(direction)
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-10, atol=1e-10)
+    for (name, own), other in zip(module.layers[0].named_parameters(), like.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_gradients_by_finite_differences() -> None:
+    module, x = layer(dim=4), torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(module.mix, (x,))
+
+
+def test_padding_equals_a_plain_loop() -> None:
+    module, x = layer(), torch.randn(4, 3, 8, dtype=torch.float64)
     padding = torch.tensor([[0, 0, 1], [0, 1, 1], [0, 0, 1], [0, 1, 1]], dtype=torch.bool)
-    out = encoder_layer(x, weights, 2, padding_NT=padding)
-    torch.testing.assert_close(out, layer_by_loops(x, weights, 2, padding))
+    with torch.no_grad():
+        torch.testing.assert_close(module.mix(x, mask=padding), by_loops(module, x, padding), rtol=1e-10, atol=1e-10)
 
 
-def test_attend_self_equals_a_loop_over_batches_of_one() -> None:
-    x, weights = random(5, 3, 6), some_weights(6)
-    alone = torch.cat([layer_by_loops(row[None], weights, 2) for row in x])
-    torch.testing.assert_close(encoder_layer(x, weights, 2, attend="self"), alone)
-
-
-# --- dropout ------------------------------------------------------------------------------------------------------
-
-# 0.5 and 0.25 are multiples of 1/256: eight lanes of a draw. 0.1 and 0.3 are not: four lanes.
-RATES = [0.5, 0.25, 0.1, 0.3]
-
-
-@pytest.fixture
-def no_torch_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> Tensor:
-        raise AssertionError("torch's own dropout ran")
-
-    monkeypatch.setattr(F, "dropout", refuse)
-
-
-@pytest.mark.usefixtures("no_torch_dropout")
-@pytest.mark.parametrize("p", RATES)
-def test_dropout_rate_and_scale(p: float) -> None:
-    out = dropout(torch.ones(1_000_003, dtype=torch.float64), p)
-    kept = out != 0
-    assert abs(float(kept.double().mean()) - (1 - p)) < 4 * math.sqrt(p * (1 - p) / out.numel())
-    assert out[kept].unique().numel() == 1
-    assert float(out.max()) == pytest.approx(1 / (1 - p), rel=1e-4)
-
-
-@pytest.mark.usefixtures("no_torch_dropout")
-@pytest.mark.parametrize("p", RATES)
-def test_dropout_elements_and_lanes_are_independent(p: float) -> None:
-    lanes = 8 if (p * 256).is_integer() else 4
-    keep = (dropout(torch.ones(2**20, dtype=torch.float64), p) != 0).double()
-    bound = 5 / math.sqrt(keep.numel() / lanes)
-    rates = keep.view(-1, lanes).mean(0)
-    assert float((rates - (1 - p)).abs().max()) < bound  # no lane has a rate of its own
-    for lag in range(1, 2 * lanes + 1):
-        correlation = torch.corrcoef(torch.stack((keep[:-lag], keep[lag:])))[0, 1]
-        assert abs(float(correlation)) < bound, f"elements {lag} apart"
-    between_lanes = torch.corrcoef(keep.view(-1, lanes).T) - torch.eye(lanes, dtype=torch.float64)
-    assert float(between_lanes.abs().max()) < bound
-
-
-@pytest.mark.usefixtures("no_torch_dropout")
-@pytest.mark.parametrize("p", [0.5, 0.1])
-@pytest.mark.parametrize("inplace", [False, True])
-def test_dropout_gradient_uses_the_same_mask(p: float, inplace: bool) -> None:
-    x = torch.ones(9001, dtype=torch.float64, requires_grad=True)
-    before = x * 1.0
-    out = dropout(before, p, inplace=inplace)
-    out.sum().backward()
+def test_padding_leaks_nothing_and_a_position_of_padding_alone_gives_no_nan() -> None:
+    module = layer(drop=0.5).train()
+    padding = torch.tensor([[0, 1, 1], [0, 0, 1], [0, 0, 1]], dtype=torch.bool)
+    x = torch.randn(3, 3, 8, dtype=torch.float64, requires_grad=True)
+    other = x.detach().clone()
+    other[padding] += 100.0
+    torch.manual_seed(0)
+    out = module.mix(x, mask=padding)
+    torch.manual_seed(0)
+    assert torch.equal(module.mix(other, mask=padding)[~padding], out[~padding])
+    out[~padding].sum().backward()
     assert x.grad is not None
-    torch.testing.assert_close(x.grad, out.detach(), rtol=0, atol=0)
-    assert (out is before) is inplace
+    assert torch.isfinite(x.grad).all()
+    assert (x.grad[padding] == 0).all()
+    # Without a mask padding takes part, as in the published code.
+    assert not torch.allclose(module.eval().mix(x)[~padding], module.mix(other)[~padding])
 
 
-@pytest.mark.usefixtures("no_torch_dropout")
-def test_dropout_draws_anew_each_time_and_again_with_the_same_seed() -> None:
-    x = torch.ones(100, 101)
-    torch.manual_seed(3)
-    first, second = dropout(x, 0.5), dropout(x, 0.5)
-    torch.manual_seed(3)
-    assert torch.equal(first, dropout(x, 0.5))
+# ---------------------------------------------------------------- dropout of large tensors
+
+
+@pytest.mark.parametrize("p", [0.5, 0.25, 0.1, 0.9, 1 / 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dropout_keeps_the_rate_and_the_mean(p: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    n = 400_003  # no multiple of the lanes
+    out = functional.dropout(torch.ones(n, dtype=dtype), p)
+    assert out.dtype == dtype
+    kept = (out != 0).double()
+    spread = math.sqrt(p * (1 - p) / n)
+    assert abs(float(kept.mean()) - (1 - p)) < 5 * spread + 2**-16
+    exact = 1 / (1 - p)
+    torch.testing.assert_close(
+        out[out != 0].double(), torch.full((int(kept.sum()),), exact).double(), rtol=1e-2, atol=0
+    )
+    for lag in (1, 2, 4, 7, 8, 16):  # neighbours, and neighbours of one 64-bit draw, are independent
+        both = float((kept[lag:] * kept[:-lag]).mean())
+        assert abs(both - (1 - p) ** 2) < 6 / math.sqrt(n), lag
+    for lane in range(8):
+        assert abs(float(kept[lane::8].mean()) - (1 - p)) < 6 * spread * math.sqrt(8) + 2**-16, lane
+
+
+def test_dropout_at_its_ends() -> None:
+    x = torch.randn(20_000)
+    assert functional.dropout(x, 0.0) is x
+    assert (functional.dropout(x, 1.0) == 0).all()
+
+
+def test_dropout_zeroes_the_same_elements_in_the_gradient() -> None:
+    x = torch.ones(200, 100, requires_grad=True)
+    out = functional.dropout(x, 0.5)
+    out.sum().backward()
+    assert torch.equal(out.detach(), x.grad)
+
+
+def test_dropout_follows_the_seed() -> None:
+    x = torch.ones(20_000)
+    torch.manual_seed(5)
+    first, second = functional.dropout(x, 0.5), functional.dropout(x, 0.5)
     assert not torch.equal(first, second)
+    torch.manual_seed(5)
+    assert torch.equal(functional.dropout(x, 0.5), first)
 
 
-@pytest.mark.parametrize("shape", [(8193,), (91, 93), (3, 2741), (8192,)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_dropout_keeps_shape_and_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    for p in (0.5, 0.1):
-        out = dropout(torch.ones(shape, dtype=dtype), p)
-        assert out.shape == shape
-        assert out.dtype == dtype
-        assert abs(float(out.double().mean()) - 1) < 0.1
+# ---------------------------------------------------------------- attention in tiles
 
 
-@pytest.mark.parametrize("size", [10, 10_000])
-def test_dropout_of_nothing_and_of_all(size: int) -> None:
-    x = torch.randn(size)
-    assert dropout(x, 0.0) is x
-    assert not dropout(x, 1.0).any()
+def with_masks_of_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_keep_mask", lambda like, p, generator=None: torch.ones_like(like))
 
 
-def test_small_tensors_take_torchs_random_numbers() -> None:
-    x = torch.ones(8191)
-    torch.manual_seed(1)
-    ours = dropout(x, 0.3)
-    torch.manual_seed(1)
-    assert torch.equal(ours, F.dropout(x, 0.3))
-
-
-# --- attention in tiles --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def masks(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The dropout masks in the order they were drawn."""
-    drawn: list[Tensor] = []
-    draw = functional._keep_mask
-
-    def record(*args: Any) -> Tensor:
-        drawn.append(draw(*args))
-        return drawn[-1]
-
-    monkeypatch.setattr(functional, "_keep_mask", record)
-    return drawn
-
-
-def assemble(masks: list[Tensor], heads_first: Tensor) -> Tensor:
-    """Put the masks of the tiles together to one of all attention weights, (T, H, N, M)."""
-    T, H, N, _ = heads_first.shape
-    whole = torch.full((T, H, N, N), torch.nan, dtype=torch.float64)
-    for (queries, _), mask in zip(functional._tiles(heads_first, N), masks, strict=True):
-        whole[queries] = mask
-    return whole
-
-
-def masks_of_seen(kind: str, n: int, t: int) -> Tensor | None:
-    if kind == "all":
-        return None
-    padding = torch.rand(n, t) < 0.4 if kind == "padding" else None
-    attend: Any = "self" if kind == "self" else "batch"
-    return functional.attention_allowed(n, n, offset=0, attend=attend, padding_MT=padding, device=torch.device("cpu"))
-
-
-@pytest.mark.parametrize("seen", ["all", "padding", "self"])
-@pytest.mark.parametrize(
-    ("n", "t", "tile"),
-    [(70, 1, 300), (70, 3, 5000), (70, 3, 10**9), (3, 300, 200), (3, 301, 10**9), (47, 2, 1)],
-    ids=["queries", "heads", "one", "positions", "many positions", "single rows"],
-)
+@pytest.mark.parametrize("shape", [(40, 3, 8), (64, 1, 8), (2, 500, 8), (7, 31, 8)])
+@pytest.mark.parametrize("tile", [64, 1000, 2**18])
+@pytest.mark.parametrize("masked", [False, True])
 def test_tiles_equal_the_whole(
-    monkeypatch: pytest.MonkeyPatch, masks: list[Tensor], n: int, t: int, tile: int, seen: str
+    shape: tuple[int, int, int], tile: int, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Values and gradients, with dropout that keeps everything."""
+    with_masks_of_ones(monkeypatch)
     monkeypatch.setattr(functional, "_TILE", tile)
     monkeypatch.setattr(functional, "_SMALL", 1)
-    q, k, v = (random(n, t, 8, grad=True) for _ in range(3))
-    allowed = masks_of_seen(seen, n, t)
-    out = attend_over_batch(q, k, v, 2, drop=0.3, allowed=allowed)
-    forward_masks = list(masks)
-    masks.clear()
-    out_grad = random(n, t, 8)
-    grads = torch.autograd.grad(out, (q, k, v), out_grad)
-    assert len(masks) == len(forward_masks)
-    assert all(torch.equal(a, b) for a, b in zip(masks, forward_masks)), "the backward pass dropped others"
-
-    q_THND, k_THND, v_THND = (x.unflatten(-1, (2, 4)).permute(1, 2, 0, 3) for x in (q, k, v))
-    scores = q_THND @ k_THND.transpose(-2, -1) / 2
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, -torch.inf)
-    whole = (scores.softmax(-1) * assemble(forward_masks, q_THND)) @ v_THND
-    whole = whole.permute(2, 0, 1, 3).reshape(n, t, 8)
-    torch.testing.assert_close(out, whole)
-    for ours, theirs in zip(grads, torch.autograd.grad(whole, (q, k, v), out_grad)):
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_tiles_with_more_keys_than_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "_TILE", 400)
-    monkeypatch.setattr(functional, "_SMALL", 1)
-    q, k, v = random(20, 2, 8), random(51, 2, 8), torch.ones(51, 2, 8, dtype=torch.float64)
-    drop_nothing = attend_over_batch(q, k, v, 2, drop=1e-9, allowed=None)  # rounded up to 1/65536
-    torch.testing.assert_close(drop_nothing, torch.ones_like(drop_nothing), rtol=0.2, atol=0)
-    assert drop_nothing.shape == (20, 2, 8)
-
-
-def test_dropout_in_tiles_is_unbiased() -> None:
-    q, k, v = random(64, 1, 8), random(64, 1, 8), random(64, 1, 8)
-    exact = attend_over_batch(q, k, v, 2, drop=0.0, allowed=None)
-    mean = torch.stack([attend_over_batch(q, k, v, 2, drop=0.5, allowed=None) for _ in range(2000)]).mean(0)
-    assert float((mean - exact).abs().max()) < 0.15
-    assert float((mean - exact).abs().mean()) < 0.02
-
-
-@pytest.mark.parametrize("n", [8, 64], ids=["plain", "tiled"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_survives_large_scores(n: int, dtype: torch.dtype) -> None:
-    x = (torch.randn(n, 1, 64) * 400).to(dtype).requires_grad_()  # scores around a million: beyond fp16
-    out = attend_over_batch(x, x, x, 1, drop=0.5, allowed=None)
-    out.float().mean().backward()
-    assert out.dtype == dtype
-    assert x.grad is not None
-    assert out.isfinite().all()
-    assert x.grad.isfinite().all()
-
-
-def test_memory_of_tiled_attention_is_linear_in_the_batch() -> None:
-    """What the backward pass keeps: q, k, v, never the N x N weights."""
-
-    def kept(n: int) -> int:
-        x = torch.randn(n, 1, 8, requires_grad=True)
-        sizes: list[int] = []
-
-        def pack(saved: Tensor) -> Tensor:
-            sizes.append(saved.numel())
-            return saved
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-            attend_over_batch(x, x, x, 2, drop=0.5, allowed=None)
-        return sum(sizes)
-
-    assert kept(400) == 4 * kept(100)
-
-
-def test_torch_compile_sees_no_graph_break_in_attention() -> None:
-    compiled: Callable[..., Tensor] = torch.compile(attend_over_batch, fullgraph=True, backend="eager")
-    q, k, v = random(50, 2, 8), random(50, 2, 8), random(50, 2, 8)
-    torch.testing.assert_close(
-        compiled(q, k, v, 2, drop=0.0, allowed=None), attend_over_batch(q, k, v, 2, drop=0.0, allowed=None)
+    N, T, _ = shape
+    padding = torch.rand(N, T, generator=torch.Generator().manual_seed(0)) < 0.3 if masked else None
+    allowed = functional.attention_allowed(
+        N, N, offset=0, attend="batch", padding_MT=padding, device=torch.device("cpu")
     )
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    results = []
+    for drop in (0.5, 0.0):
+        out = functional.attend_over_batch(*inputs, 2, drop=drop, allowed=allowed)
+        results.append((out, *torch.autograd.grad(out.cos().sum(), inputs)))
+    for tiled, whole in zip(*results, strict=True):
+        torch.testing.assert_close(tiled, whole, rtol=1e-10, atol=1e-10)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    yield
-    torch.compiler.reset()
+def test_tiles_drop_the_same_weights_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output is linear in the values: value times gradient gives the output back only under one mask."""
+    monkeypatch.setattr(functional, "_TILE", 500)
+    q, k = torch.randn(2, 60, 4, 8, dtype=torch.float64).unbind(0)
+    v = torch.randn(60, 4, 8, dtype=torch.float64, requires_grad=True)
+    out = functional.attend_over_batch(q, k, v, 2, drop=0.5, allowed=None)
+    (gradient,) = torch.autograd.grad(out.sum(), v)
+    torch.testing.assert_close((gradient * v).sum(), out.sum())
+
+
+def test_tiles_drop_weights_at_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With equal scores and values of one, an output is the share of weights kept, over the rate."""
+    torch.manual_seed(0)
+    zeros, ones = torch.zeros(300, 1, 4), torch.ones(300, 1, 4)
+    out = functional.attend_over_batch(zeros, zeros, ones, 1, drop=0.25, allowed=None)
+    assert abs(float(out.mean()) - 1) < 0.01
+    assert 0.01 < float(out[:, 0, 0].std()) < 0.06  # sqrt(p / (1 - p) / 300) = 0.033: independent draws
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_half_precision_stays_finite_with_large_values(dtype: torch.dtype, drop: float) -> None:
+    module = BatchFormer(16, drop=drop).to(dtype)
+    x = (30 * torch.randn(200, 16)).to(dtype).requires_grad_()
+    out = module.mix(x)
+    assert out.dtype == dtype
+    out.float().square().mean().backward()
+    assert torch.isfinite(out).all()
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()
+
+
+def test_half_precision_is_near_to_fp64() -> None:
+    module = layer(dim=16)
+    x = torch.randn(100, 16, dtype=torch.float64)
+    exact = module.mix(x).detach()
+    torch.testing.assert_close(module.bfloat16().mix(x.bfloat16()).double(), exact, rtol=0.1, atol=0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 16), (100, 16), (6, 50, 16)])
+def test_autocast(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Small batches (explicit) and large ones (tiles): finite, close to fp32 without dropout, gradients in fp32."""
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    for drop in (0.0, 0.5):
+        module = BatchFormer(16, drop=drop)
+        with torch.autocast("cpu", dtype):
+            low = module(x)
+        low.float().square().mean().backward()
+        assert all(
+            p.grad is not None and p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all()
+            for p in module.parameters()
+        )
+        assert torch.equal(low[: len(x)], x)
+        if not drop:
+            torch.testing.assert_close(low, module(x), rtol=0.05, atol=0.05)
+
+
+def test_softmax_is_fp32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    softmax = torch.softmax
+
+    def watched(*args: object, **named: object) -> Tensor:
+        out: Tensor = softmax(*args, **named)  # type: ignore[call-overload]
+        seen.append(out.dtype)
+        return out
+
+    monkeypatch.setattr(torch, "softmax", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        BatchFormer(16).mix(torch.randn(100, 16))
+    assert set(seen) == {torch.float32}
+
+
+def test_memory_is_linear_in_the_batch() -> None:
+    """What autograd keeps for the backward pass grows with the rows, not with their square."""
+
+    def kept(rows: int) -> int:
+        total = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal total
+            total += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            BatchFormer(8, 1).mix(torch.randn(rows, 8, requires_grad=True))
+        return total
+
+    assert kept(2000) < 2.2 * kept(1000)
+
+
+def test_sum_of_weights_survives_thousands_of_rows() -> None:
+    zeros = torch.zeros(5000, 1, 8)
+    out = functional.attend_over_batch(zeros, zeros, zeros + 1, 1, drop=0.0, allowed=None)
+    torch.testing.assert_close(out, zeros + 1)
+
+
+def test_functional_equals_module() -> None:
+    module, x = layer(), torch.randn(5, 3, 8, dtype=torch.float64)
+    weights = module.layers[0].weights()  # type: ignore[operator]
+    assert torch.equal(functional.encoder_layer(x, weights, 2), module.mix(x))

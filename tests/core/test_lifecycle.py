@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from batchformer import Handle, insert, remove
 
 N, K = 4, 5
-VIT = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 3, "num_heads": 2}
+VIT = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
 
 def net() -> nn.Sequential:
@@ -157,8 +157,10 @@ def test_compiled_without_a_graph_break(case: str, training: bool) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for n in (4, 6, 3):  # the second size compiles again, from then on sizes are symbols
         x = images(n)
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-    assert compiled(images(8)).shape[0] == (16 if training else 8)
+        with torch.set_grad_enabled(case == "vit, classifier"):  # once: the backward graph takes most of the time
+            got = compiled(x)
+        assert got.shape[0] == (2 * n if training else n)
+        torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_compiled_model_follows_its_mode_and_remove() -> None:

@@ -21,7 +21,6 @@ from batchformer.engine.export import export
 from batchformer.engine.recipes import find_recipe
 from batchformer.tasks.longtail.restore import load_network
 
-
 RECIPE = find_recipe("longtail/folder").path
 
 
@@ -91,9 +90,7 @@ def test_other_settings_are_refused_on_resume(run: Run, finished: Path, tmp_path
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text((finished / "config.yaml").read_text())
-    with pytest.raises(
-        ConfigError, match=r"(?s)settings that .* was started with, got others:.*lr: 0.5 \(was: lr: 0.05\)"
-    ):
+    with pytest.raises(ConfigError, match=r"(?s)settings that .* was started with, got others:.*lr: 0.5 \(was: 0.05\)"):
         run(folder, "--model.optimizer.lr=0.5", resume=True)
 
 
@@ -260,6 +257,6 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_loss_that_is_not_finite_stops_the_run(run: Run, tmp_path: Path) -> None:
     with pytest.raises(
-        FloatingPointError, match=r"finite loss, got (nan|inf) in epoch \d+, batch \d+. Lower optimizer.lr"
+        FloatingPointError, match=r"finite loss, got (nan|inf) in epoch \d+, batch \d+. Lower model.optimizer.lr"
     ):
         run(tmp_path / "run", "--model.optimizer.lr=1e30", "--precision=32-true")

@@ -27,10 +27,11 @@ def find_classifier(model: nn.Module) -> Plan:
     Raises:
         ValueError: For encoders and feature extractors, and with ``num_classes=0``.
     """
-    heads = [part for head in offered_classifiers(model) for part in _parts(head)]
-    if not heads:
+    offered = offered_classifiers(model)
+    if not offered:
         raise no_classifier(model, f"timm's {type(model).__name__} has no get_classifier()")
-    if not any(True for head in heads for _ in head.parameters()):
+    heads = [part for head in offered for part in _parts(head) if any(True for _ in part.parameters())]
+    if not heads:
         raise no_classifier(
             model,
             "it was made with num_classes=0. Make it with num_classes=K, call model.reset_classifier(K), or insert "

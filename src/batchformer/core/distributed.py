@@ -37,22 +37,24 @@ class RankRows:
         return out
 
 
-def exchange_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> RankRows | None:
+def exchange_rows(x: Tensor, *, masked: bool = False, group: dist.ProcessGroup | None = None) -> RankRows | None:
     """Tell every rank how many samples the others hold.
 
     Args:
         x: The own samples, (N, T, C).
+        masked: Whether they come with a mask, which is gathered too: a rank without one would leave the others waiting.
         group: Process group; ``None`` is the default one.
 
     Returns:
         The sizes, or ``None`` where there is one process only.
 
     Raises:
-        ValueError: On every rank alike, when any rank has no sample or the ranks differ in tokens or channels.
+        ValueError: On every rank alike, when any rank has no sample or the ranks differ in tokens, in channels or in
+            having a mask.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return None
-    own = torch.tensor(x.shape, dtype=torch.int64, device=x.device)
+    own = torch.tensor([*x.shape, masked], dtype=torch.int64, device=x.device)
     every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, own, group=group)
     shapes = [tuple(shape.tolist()) for shape in every]
@@ -61,9 +63,14 @@ def exchange_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> RankRows
             f"Expected at least one sample on every rank, got {[shape[0] for shape in shapes]} samples by rank. "
             "Drop the last incomplete batch (drop_last=True) or use gather='none'."
         )
-    if len({shape[1:] for shape in shapes}) > 1:
+    if len({shape[3] for shape in shapes}) > 1:
         raise ValueError(
-            f"Expected the same tokens and channels on every rank for gather='all', got {[s[1:] for s in shapes]} by "
+            f"Expected a mask on every rank or on none for gather='all', got {[bool(s[3]) for s in shapes]} by rank. "
+            "Pass a mask of False where nothing is padded."
+        )
+    if len({shape[1:3] for shape in shapes}) > 1:
+        raise ValueError(
+            f"Expected the same tokens and channels on every rank for gather='all', got {[s[1:3] for s in shapes]} by "
             "rank. Pad to one size, or use gather='none'."
         )
     return RankRows(tuple(shape[0] for shape in shapes), dist.get_rank(group), group)

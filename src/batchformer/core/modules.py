@@ -181,7 +181,7 @@ class BatchFormer(nn.Module):
     def mix(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """The mixed stream alone, shape of ``x``, in training and in ``eval()`` (there without dropout)."""
         x_NTC, padding_NT = self._to_tokens(x, mask)
-        ranks = exchange_rows(x_NTC) if self.gather == "all" else None
+        ranks = exchange_rows(x_NTC, masked=mask is not None) if self.gather == "all" else None
         if x_NTC.shape[0] == 0:
             raise ValueError(f"Expected at least one sample, got an empty batch of shape {tuple(x.shape)}.")
         if self.training and not torch.compiler.is_compiling():

@@ -1,20 +1,23 @@
-"""Does it help on this data? The same seeds, initial weights and data order for every arm, each run in a process of its own."""
+"""Does it help on this data? Arms with the same seeds, initial weights and data order, each run in its own process."""
 
 import json
 import multiprocessing
+import os
+import signal
+import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from batchformer.core.arms import ARMS
 
-from .config import ConfigError
+from .config import ConfigError, setting
 from .records import write_json
-from .run import DONE, first_rank, fit
+from .run import DONE, discard, first_rank, fit
 
 
 def compare(
@@ -56,10 +59,13 @@ def compare(
         word.startswith(("--seed=", "--model.batchformer.arm", "--model.seed", "--data.seed")) for word in overrides
     ):
         raise ConfigError("Expected compare to set the seed and the arm of each run. Give --seeds and --controls.")
-    _settle(folder, {"recipe": name, "command": command, "arms": arms, "seeds": list(seeds), "primary": "top1"}, resume)
+    if setting(recipe, overrides, "model.stage.second") is not None:
+        raise ConfigError("Expected a first stage: a second stage trains no BatchFormer, so that all arms are alike.")
+    asked = {"recipe": name, "command": command, "arms": arms, "seeds": list(seeds), "primary": "top1"}
+    arms, seeds = _settle(folder, asked, resume)
     plan = [(arm, seed) for seed in seeds for arm in arms]
-    started, finished = time.monotonic(), 0
-    for arm, seed in plan:
+    started = time.monotonic()
+    for finished, (arm, seed) in enumerate(plan, 1):
         run = folder / arm / f"seed{seed}"
         before = (run / DONE).exists()
         own = [*overrides, f"--seed={seed}", f"--model.batchformer.arm={arm}"]
@@ -68,7 +74,6 @@ def compare(
         except BaseException:
             _discard_plan(folder)
             raise
-        finished += 1
         took = result["cost"]["train_seconds"]
         note = "kept" if before else f"{took:.0f} s of training"
         say(f"[{finished}/{len(plan)}] {arm}, seed {seed}: top-1 {100 * result['metrics']['top1']:.2f} % ({note})")
@@ -84,9 +89,8 @@ def _arms(controls: Sequence[str]) -> list[str]:
     return ["plain", "batchformer", *dict.fromkeys(controls)]
 
 
-def _settle(folder: Path, plan: dict[str, Any], resume: bool) -> None:
-    if not first_rank():
-        return
+def _settle(folder: Path, plan: dict[str, Any], resume: bool) -> tuple[list[str], list[int]]:
+    """Write down what is going to be run, and return it: the arms and the seeds, those of before included."""
     path = folder / "compare.json"
     if path.exists() and not resume:
         raise FileExistsError(f"{folder} has a comparison already. Go on with --resume, or choose another --name.")
@@ -97,7 +101,9 @@ def _settle(folder: Path, plan: dict[str, Any], resume: bool) -> None:
         # Seeds and controls may be added to a comparison; those that are there stay.
         for key in ("arms", "seeds"):
             plan[key] = list(dict.fromkeys([*before[key], *plan[key]]))
-    write_json(path, {**plan, "date": datetime.now().astimezone().isoformat(timespec="seconds")})
+    if first_rank():
+        write_json(path, {**plan, "date": datetime.now().astimezone().isoformat(timespec="seconds")})
+    return plan["arms"], plan["seeds"]
 
 
 def _discard_plan(folder: Path) -> None:
@@ -116,11 +122,58 @@ def _apart(recipe: Path, overrides: list[str], run: Path, name: str, command: st
     # The server process has the slow imports done; every run forks off it.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["batchformer.engine.run"])
-    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        waiting = pool.submit(
-            fit, recipe, overrides, run, name=name, resume=run.exists(), command=command, say=_silent
+    answers, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, recipe, overrides, run, name, command))
+    _start(process)
+    sender.close()
+    try:
+        result, error = answers.recv()
+    except EOFError:
+        process.join()
+        error = ChildProcessError(
+            f"Expected {run} to be trained, but its process was ended from outside (exit code {process.exitcode}; -9 "
+            "may be a lack of memory). Go on with --resume."
         )
-        return waiting.result()
+    finally:
+        # Killing is safe at any moment, and the only way that always works when the user wants to stop.
+        process.kill()
+        process.join()
+        if first_rank():
+            discard(run)
+    if error is not None:
+        raise error
+    return cast(dict[str, Any], result)
+
+
+def _start(process: Any) -> None:
+    """Start a process that Ctrl-C does not reach: the terminal sends it to all, and this one ends the other."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not in the main thread, which alone gets Ctrl-C
+        process.start()
+        return
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _answer(sender: Any, recipe: Path, overrides: list[str], run: Path, name: str, command: str | None) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        result = fit(recipe, overrides, run, name=name, resume=run.exists(), command=command, say=_silent)
+    except Exception as error:
+        error.add_note("".join(traceback.format_exception(error)))  # for BATCHFORMER_TRACEBACK
+        sender.send((None, error))
+    else:
+        sender.send((result, None))
+
+
+def _end_with_parent() -> None:
+    """When the comparison is killed, the run must not go on behind the back of the next attempt."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _silent(line: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import torch
 import yaml
 from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -23,7 +24,7 @@ TASKS: dict[str, tuple[type[LightningModule], type[LightningDataModule]]] = {"lo
 INSTEAD = {"trainer.precision": "precision", "data.seed": "seed", "model.seed": "seed", "seed_everything": "seed"}
 """Settings that follow from others."""
 CIRCUMSTANCES = ("default_root_dir", "enable_progress_bar")
-"""Arguments of the Trainer that say where a run happens, not what it is: a run may be moved, or go on in a batch job."""
+"""Arguments of the Trainer that say where a run happens, not what it is: a run may be moved, and go on anywhere."""
 
 
 class ConfigError(ValueError):
@@ -69,18 +70,21 @@ def parse(recipe: Path, overrides: Sequence[str] = (), **trainer_defaults: Any) 
         ConfigError: For unknown keys, with the nearest ones, and values of the wrong type; all in one message.
     """
     task, data = TASKS[_task_of(recipe)]
-    return _Cli(
-        task,
-        data,
-        args=["--config", str(recipe), *overrides],
-        run=False,
-        save_config_callback=None,
-        seed_everything_default=False,
-        trainer_class=Trainer,
-        trainer_defaults=trainer_defaults,
-        parser_kwargs={"exit_on_error": False},
-        auto_configure_optimizers=False,
-    )
+    try:
+        return _Cli(
+            task,
+            data,
+            args=["--config", str(recipe), *overrides],
+            run=False,
+            save_config_callback=None,
+            seed_everything_default=False,
+            trainer_class=Trainer,
+            trainer_defaults=trainer_defaults,
+            parser_kwargs={"exit_on_error": False},
+            auto_configure_optimizers=False,
+        )
+    except MisconfigurationException as error:  # the Trainer's word on arguments that do not go together
+        raise ConfigError(str(error)) from error
 
 
 def dump(cli: LightningCLI) -> str:
@@ -90,6 +94,21 @@ def dump(cli: LightningCLI) -> str:
         config.pop(name, None)
     text: str = cli.parser.dump(config, skip_none=False, skip_link_targets=True)
     return text
+
+
+def differences(before: str, now: str) -> list[str]:
+    """The settings that differ between two resolved configs (YAML), as lines ``key: new (was: old)``.
+
+    Example:
+        >>> differences("a: {b: 1}", "a: {b: 2}")
+        ['a.b: 2 (was: 1)']
+    """
+    old, new = (dict(_leaves(yaml.safe_load(text) or {})) for text in (before, now))
+    return [
+        f"{key}: {new.get(key)} (was: {old.get(key)})"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
 
 
 def resolve_precision(precision: str) -> str:
@@ -134,9 +153,7 @@ def _read(recipe: Path) -> dict[str, Any]:
 
 def _all_problems(parser: LightningArgumentParser, args: list[str], error: BaseException) -> str:
     """Try every setting by itself: unknown keys get the nearest ones, the others what was expected."""
-    given = {key: [value] for key, value in _leaves(_read(Path(args[1])))}
-    overrides, problems = _overrides(args[2:])
-    given.update(overrides)
+    given, problems = _given(Path(args[1]), args[2:])
     known = {key for key in parser.get_defaults().keys() if key != "config"} - set(INSTEAD)  # noqa: SIM118  # a Namespace
     groups = {key.rpartition(".")[0] for key in known}
     for key, readings in given.items():
@@ -152,8 +169,19 @@ def _all_problems(parser: LightningArgumentParser, args: list[str], error: BaseE
     return f"{plural} in {args[1]} and its overrides:\n" + "\n".join(f"  - {problem}" for problem in problems)
 
 
+def setting(recipe: Path, overrides: Sequence[str], key: str) -> Any:
+    """What a recipe and its overrides say of one setting, ``None`` where they are silent; nothing is checked."""
+    return _given(recipe, overrides)[0].get(key, [None])[0]
+
+
+def _given(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
+    given = {key: [value] for key, value in _leaves(_read(recipe))}
+    found, problems = _overrides(overrides)
+    return given | found, problems
+
+
 def _problem(parser: LightningArgumentParser, key: str, readings: list[Any]) -> str | None:
-    """What is wrong with a value; ``readings``: what it may stand for (``123`` is a number and the name of a folder)."""
+    """What is wrong with a value; ``readings``: what it may stand for (``123``: a number, or a folder)."""
     for nested in readings:
         for part in reversed(key.split(".")):
             nested = {part: nested}

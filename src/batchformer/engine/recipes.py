@@ -29,7 +29,7 @@ class Recipe:
         return lines
 
     def value(self, key: str) -> str | None:
-        """The value of the first line ``key: value``, however deep; for ``ls``, which shows ``dataset`` and ``root``."""
+        """The value of the first line ``key: value``, however deep; for ``ls``, which shows the data set."""
         for line in self.path.read_text(encoding="utf-8").splitlines():
             name, colon, value = line.strip().partition(":")
             if colon and name == key:

@@ -146,7 +146,8 @@ class LongTailTask(LightningModule):
             loss = self._loss(self(images), targets, images)
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
-                f"Expected a finite loss, got {loss.item()} in epoch {self.current_epoch}, batch {batch_idx}. {DIVERGED}"
+                f"Expected a finite loss, got {loss.item()} in epoch {self.current_epoch}, batch {batch_idx}. "
+                f"{DIVERGED}"
             )
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(targets), sync_dist=True)
         return loss
@@ -268,8 +269,8 @@ class LongTailTask(LightningModule):
         for key, what in (("classes", "classes"), ("counts", "training images of each class")):
             if before[key] != now[key]:
                 raise ValueError(
-                    f"Expected the data that this run was trained on, but the {what} have changed: {before[key]} then, "
-                    f"{now[key]} now. Bring the data back, or start another run."
+                    f"Expected the data that this run was trained on, but the {what} have changed. Bring it back, or "
+                    "start another run."
                 )
 
 
