@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -70,13 +71,11 @@ class _Parser(argparse.ArgumentParser):
     """Says which option or verb is nearest to a wrong one."""
 
     def error(self, message: str) -> NoReturn:
-        words = message.replace("'", " ").split()
-        if message.startswith(("unrecognized", "unknown option")):
-            wrong, known = next((word for word in words if word.startswith("-")), ""), list(self._option_string_actions)
-        elif "invalid choice" in message:
-            wrong, known = words[words.index("choice:") + 1], [word.strip("(),") for word in words if word[-1] in ",)"]
-        else:
-            wrong, known = "", []
+        wrong, known = "", list(self._option_string_actions)
+        if "invalid choice" in message:
+            wrong, *known = re.findall(r"'([^']*)'", message)
+        elif message.startswith(("unrecognized", "unknown option")):
+            wrong = next((word for word in message.split() if word.startswith("-")), "")
         near = difflib.get_close_matches(wrong.partition("=")[0], known, n=1)
         self.exit(
             2, f"{self.prog}: {message}{f'. Did you mean {near[0]}?' if near else ''}\nHelp: {self.prog} --help\n"

@@ -46,10 +46,20 @@ def test_labels_are_doubled_once_by_name_and_by_position() -> None:
     assert out.logits.shape == (2 * N, K)
     expected = nn.functional.cross_entropy(out.logits, labels.repeat(2))
     torch.testing.assert_close(out.loss, expected)
-    assert "labels of the model doubled" in str(describe(model))
+    assert "labels, num_items_in_batch of the model doubled" in str(describe(model))
     # By position: after the images, wherever this version has them.
     between = list(inspect.signature(type(model).forward).parameters).index("labels") - 2
     torch.testing.assert_close(model(x, *[None] * between, labels).loss, expected)
+
+
+@pytest.mark.parametrize("count", [2 * N, torch.tensor(2 * N)], ids=["number", "tensor"])
+def test_the_trainers_count_of_samples_follows(count: object) -> None:
+    """With gradient accumulation the Trainer has the summed loss divided by the samples of all small batches."""
+    model = vit().train()
+    x, labels = images(), torch.arange(N)
+    expected = model(x, labels=labels, num_items_in_batch=count).loss
+    insert(model, before="auto", attend="nothing", drop=0.0)  # both halves equal: the loss must not change
+    torch.testing.assert_close(model(x, labels=labels, num_items_in_batch=count).loss, expected)
 
 
 def test_loss_in_eval_and_with_a_single_stream() -> None:
@@ -138,7 +148,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> Non
         names = layer_names(model)
         insert(model, after=[names[0], names[1]], drop=0.0)
         if enable:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            # Version 5 gave it another name, and its argument as well.
+            switch = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            switch({"use_reentrant": reentrant})
         x = images().double()
         sum(model(part, labels=torch.arange(len(part))).loss for part in (x[:2], x)).backward()
         found.append({name: p.grad for name, p in model.named_parameters()})

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from . import functional, streams
 from .distributed import RankRows, exchange_rows
 from .functional import Attend, LayerWeights
-from .notices import BatchFormerWarning, label, warn_if_frozen, watch_optimizers
+from .notices import BatchFormerWarning, label, note_training_pass, warn_if_frozen, watch_optimizers
 
 Mode = Literal["two_stream", "single_stream"]
 GatherMode = Literal["none", "all"]
@@ -220,6 +220,7 @@ class BatchFormer(nn.Module):
             if not self.frozen:
                 warn_if_frozen(self)
                 watch_optimizers(self)
+        note_training_pass(self)
         if alone and "alone" not in self._told:
             self._told.add("alone")
             warnings.warn(

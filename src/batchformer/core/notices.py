@@ -11,6 +11,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 # Modules whose parameters no optimizer has stepped yet, with the optimizers that stepped without them.
 _unclaimed: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Any]]" = weakref.WeakKeyDictionary()
+# Those that ran in training since the last optimizer step: an optimizer says nothing about a module that did not.
+_ran: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _hook: Any = None
 
 
@@ -26,6 +28,12 @@ def watch_optimizers(module: nn.Module) -> None:
     _unclaimed[module] = weakref.WeakSet()
 
 
+def note_training_pass(module: nn.Module) -> None:
+    """The next optimizer step is expected to train ``module``, if none has so far."""
+    if module in _unclaimed:
+        _ran.add(module)
+
+
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if not _unclaimed:
         return
@@ -34,7 +42,8 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = list(module.parameters())
         if any(id(p) in held for p in parameters):
             del _unclaimed[module]
-        elif any(p.grad is not None for p in parameters):
+        elif module in _ran and any(p.grad is not None for p in parameters):
+            _ran.discard(module)
             # Two optimizers may take turns (GANs): one that comes round again without the module is the sign.
             if optimizer in stepped_without:
                 del _unclaimed[module]

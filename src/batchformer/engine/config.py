@@ -161,6 +161,8 @@ def _all_problems(parser: LightningArgumentParser, args: list[str], error: BaseE
             problems.append(f"{key} follows from {INSTEAD[key]}. Set that.")
         elif key not in known and key not in groups and not _inside_dict(key, known):
             problems.append(f"Unknown setting {key}." + _nearest(key, known))
+        elif key in groups and not isinstance(readings[0], dict):
+            problems.append(f"{key}: expected a mapping of settings, got {readings[0]!r}.")
         elif problem := _problem(parser, key, readings):
             problems.append(f"{key}: {problem}")
     if not problems:
@@ -195,8 +197,6 @@ def _problem(parser: LightningArgumentParser, key: str, readings: list[Any]) -> 
     action = next((action for action in parser._actions if action.dest == key), None)
     if (hint := getattr(action, "_typehint", None)) is not None:
         return f"expected {_in_words(hint)}, got {readings[0]!r}."
-    if key in {known.rpartition(".")[0] for known in parser.get_defaults().keys()}:  # noqa: SIM118
-        return f"expected a mapping of settings, got {readings[0]!r}."
     return "".join(last) or "not accepted."
 
 
