@@ -288,7 +288,7 @@ def _env(arguments: argparse.Namespace) -> None:
 
 def _seeds(text: str) -> list[int]:
     try:
-        numbers = [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ValueError(f"Expected --seeds as a number or a list such as 0,1,2, got {text!r}.") from None
     if len(numbers) == 1 and "," not in text:

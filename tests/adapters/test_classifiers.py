@@ -173,6 +173,12 @@ TABLE: dict[str, tuple[Build, int, list[str]]] = {
         32,
         ["classifier"],
     ),
+    "transformers swiftformer, distilled": (
+        transformers_model("SwiftFormerForImageClassification", "SwiftFormerConfig", depths=[1, 1, 1, 1]),
+        64,
+        ["head", "dist_head"],
+    ),
+    "transformers textnet": (transformers_model("TextNetForImageClassification", "TextNetConfig"), 32, ["fc"]),
     "transformers levit, distilled": (
         transformers_model("LevitForImageClassificationWithTeacher", "LevitConfig", **LEVIT),
         64,

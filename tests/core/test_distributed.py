@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from batchformer import BatchFormer
+from batchformer import BatchFormer, insert
 from batchformer.core import distributed
 
 ROWS = {2: (3, 5), 3: (4, 1, 2)}
@@ -112,6 +112,30 @@ def under_fsdp(rank: int, world: int) -> None:
     assert worst < 1e-10, worst
 
 
+def inserted_twice_under_fsdp(rank: int, world: int) -> None:
+    """Points after the first, with shared and with separate weights, each BatchFormer wrapped by itself."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    for share in (True, False):
+        results = []
+        for sharded in (False, True):
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Linear(6, DIM), nn.Linear(DIM, DIM), nn.Linear(DIM, CLASSES)).double()
+            handle = insert(net, after=["0", "1"], drop=0.0, share=share)
+            if sharded:
+                mesh = init_device_mesh("cpu", (world,))
+                for module in handle.modules:
+                    fully_shard(module, mesh=mesh)
+                fully_shard(net, mesh=mesh)
+            out = net(x)
+            out.square().sum().backward()
+            results.append(out.detach())
+        assert results[0].shape == (6, CLASSES)
+        torch.testing.assert_close(results[0], results[1])
+
+
 def wrong_gather_is_seen(rank: int, world: int) -> None:
     """A backward pass that keeps the own rank's gradient only: the fault of older libraries."""
 
@@ -186,6 +210,7 @@ def test_two_processes(tmp_path: Path) -> None:
         plain_processes,
         under_ddp,
         under_fsdp,
+        inserted_twice_under_fsdp,
         empty_batch_raises_everywhere,
         token_counts_must_agree,
         masks_must_be_on_every_rank_or_on_none,

@@ -114,6 +114,7 @@ def test_runs_resumes_and_grows(small: Small, tmp_path: Path) -> None:
         ),
         ({"seeds": [1, 1]}, [], ValueError, r"different seeds, at least one, got \[1, 1\]"),
         ({"seeds": []}, [], ValueError, "at least one"),
+        ({}, ["--trainer.devices=2"], ConfigError, "train each run on one device, got trainer.devices=2"),
         ({}, ["--seed=4"], ConfigError, "compare to set the seed and the arm"),
         ({}, ["--model.batchformer.arm=plain"], ConfigError, "Give --seeds and --controls"),
         ({}, ["--model.optimizer.lrr=1"], ConfigError, "Did you mean model.optimizer.lr"),

@@ -152,16 +152,24 @@ class BatchFormer(nn.Module):
         return self.training and self.mode == "two_stream"
 
     @overload
-    def forward(self, x: Tensor, targets: None = None, *, mask: Tensor | None = None) -> Tensor: ...
+    def forward(
+        self, x: Tensor, targets: None = None, *, mask: Tensor | None = None, doubled: bool = False
+    ) -> Tensor: ...
     @overload
-    def forward(self, x: Tensor, targets: Any, *, mask: Tensor | None = None) -> tuple[Tensor, Any]: ...
-    def forward(self, x: Tensor, targets: Any = None, *, mask: Tensor | None = None) -> Tensor | tuple[Tensor, Any]:
+    def forward(
+        self, x: Tensor, targets: Any, *, mask: Tensor | None = None, doubled: bool = False
+    ) -> tuple[Tensor, Any]: ...
+    def forward(
+        self, x: Tensor, targets: Any = None, *, mask: Tensor | None = None, doubled: bool = False
+    ) -> Tensor | tuple[Tensor, Any]:
         """Mix the samples of the batch in training; return the input itself in ``eval()``.
 
         Args:
             x: (N, C), (B, N, C), or a map as ``layout`` says. N at least 1.
             targets: Anything that :func:`batchformer.expand` takes.
             mask: Boolean, the shape of ``x`` without channels; true where a token is padding.
+            doubled: Whether ``x`` is [plain; mixed] already, from an earlier module: only the mixed half attends then,
+                and ``targets`` and ``mask`` stay those of the doubled batch.
 
         Returns:
             In training [plain; mixed] with 2N rows (``"single_stream"``: N mixed rows), in ``eval()`` ``x``; with
@@ -172,6 +180,10 @@ class BatchFormer(nn.Module):
         """
         if not self.training:
             return x if targets is None else (x, targets)
+        if doubled:
+            plain, mixed = streams.split(x)
+            mixed = self.mix(mixed, mask=None if mask is None else streams.split(mask)[1])
+            return torch.cat((plain, mixed)) if targets is None else (torch.cat((plain, mixed)), targets)
         mixed = self.mix(x, mask=mask)
         out = torch.cat((x, mixed)) if self.mode == "two_stream" else mixed
         if targets is None:

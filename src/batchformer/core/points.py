@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from . import streams
@@ -85,11 +84,9 @@ class Point:
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"Expected a tensor {self.place}, got {type(x).__name__}. Insert at another place.")
-        if self.state.role(self.place, x.shape[0]) == "first":
-            out: Tensor = self.module(x)
-            return out
-        plain, mixed = streams.split(x)
-        return torch.cat((plain, self.module.mix(mixed)))
+        # By a call of the module, so that wrappers of it (FSDP) do their part.
+        out: Tensor = self.module(x, doubled=self.state.role(self.place, x.shape[0]) == "later")
+        return out
 
 
 class Companions:

@@ -61,6 +61,12 @@ def compare(
         raise ConfigError("Expected compare to set the seed and the arm of each run. Give --seeds and --controls.")
     if setting(recipe, overrides, "model.stage.second") is not None:
         raise ConfigError("Expected a first stage: a second stage trains no BatchFormer, so that all arms are alike.")
+    devices = setting(recipe, overrides, "trainer.devices")
+    if devices not in (None, "auto", 1, "1"):
+        raise ConfigError(
+            f"Expected compare to train each run on one device, got trainer.devices={devices}. Train the arms one by "
+            "one with batchformer fit --model.batchformer.arm=plain (and =batchformer), then batchformer report RUNS."
+        )
     asked = {"recipe": name, "command": command, "arms": arms, "seeds": list(seeds), "primary": "top1"}
     arms, seeds = _settle(folder, asked, resume)
     plan = [(arm, seed) for seed in seeds for arm in arms]
@@ -68,7 +74,7 @@ def compare(
     for finished, (arm, seed) in enumerate(plan, 1):
         run = folder / arm / f"seed{seed}"
         before = (run / DONE).exists()
-        own = [*overrides, f"--seed={seed}", f"--model.batchformer.arm={arm}"]
+        own = [*overrides, "--trainer.devices=1", f"--seed={seed}", f"--model.batchformer.arm={arm}"]
         try:
             result = _apart(recipe, own, run, name, command)
         except BaseException:

@@ -6,7 +6,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from batchformer.tasks.longtail.paco import PaCo
 from batchformer.tasks.longtail.restore import load_network
+from batchformer.tasks.longtail.ride import RoutedExperts
 
 from .records import write_json
 
@@ -39,12 +41,18 @@ def export(run: Path, out: Path, formats: tuple[str, ...] = FORMATS) -> list[Pat
         The files.
 
     Raises:
-        ValueError: For an unknown format.
+        ValueError: For an unknown format, and for ONNX of routed experts.
         ImportError: When a package is missing; names the extra.
     """
     if unknown := set(formats) - set(FORMATS):
         raise ValueError(f"Expected formats out of {FORMATS}, got {sorted(unknown)}.")
-    network, facts, settings = load_network(run)
+    restored, facts, settings = load_network(run)
+    network = restored.plain() if isinstance(restored, PaCo) else restored
+    if isinstance(network, RoutedExperts) and "onnx" in formats:
+        raise ValueError(
+            "Expected a network that does the same for every image, got routed experts, which ONNX cannot say. Give "
+            "--format=safetensors, or export the run of the first stage, which asks all experts."
+        )
     out.mkdir(parents=True, exist_ok=True)
     written = []
     if "safetensors" in formats:

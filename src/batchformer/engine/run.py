@@ -66,6 +66,11 @@ def fit(
     cli = parse(recipe, overrides, **_surroundings(folder, [history, cost, keeper]))
     trainer: Trainer = cli.trainer
     task = cast(LongTailTask, cli.model)
+    if trainer.fast_dev_run or trainer.limit_test_batches == 0:
+        raise ConfigError(
+            "Expected a run that is saved and tested, got trainer.fast_dev_run or trainer.limit_test_batches=0. For a quick "
+            "trial set trainer.max_epochs=1, trainer.limit_train_batches=2 and trainer.limit_test_batches=2."
+        )
     trainer.strategy.checkpoint_io = WholeCheckpoints()
     if first_rank():
         _settle_config(folder, dump(cli), resume)
@@ -209,7 +214,8 @@ def _words(cli: LightningCLI) -> str:
 
 
 def quiet() -> None:
-    """Lightning's notes on hardware and tips are no news to the user of a recipe."""
+    """Lightning's notes on hardware and tips are no news to the user of a recipe, nor is the place of a warning."""
+    warnings.formatwarning = lambda message, *_, **__: f"Warning: {message}\n"
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
