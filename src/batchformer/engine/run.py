@@ -68,8 +68,8 @@ def fit(
     task = cast(LongTailTask, cli.model)
     if trainer.fast_dev_run or trainer.limit_test_batches == 0:
         raise ConfigError(
-            "Expected a run that is saved and tested, got trainer.fast_dev_run or trainer.limit_test_batches=0. For a quick "
-            "trial set trainer.max_epochs=1, trainer.limit_train_batches=2 and trainer.limit_test_batches=2."
+            "Expected a run that is saved and tested, got trainer.fast_dev_run or trainer.limit_test_batches=0. For a "
+            "quick trial set trainer.max_epochs=1, trainer.limit_train_batches=2 and trainer.limit_test_batches=2."
         )
     trainer.strategy.checkpoint_io = WholeCheckpoints()
     if first_rank():
