@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,11 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["compare", "--contorls", "frozen"], "Did you mean --controls?"),
         (["fit", "longtail/fashion-mnist-lt", "--resum"], "Did you mean --resume?"),
-        (["comprae"], "comprae"),
+        (["comprae"], "Did you mean compare?"),
+        (["data", "gte", "cifar10"], "Did you mean get?"),
+        (["report", "runs", "--ouy=x"], "Did you mean --out?"),
+        (["fit", "longtail/folder", "--seed", "1", "--name"], "argument --name: expected one argument\n"),
+        (["export", "run", "surplus"], "batchformer export: unrecognized arguments: surplus"),
         (["fit", "longtail/fashion-mnist"], "Near to it: longtail/fashion-mnist-lt"),
         (["ls", "longtail/fashion"], "All of them: batchformer ls"),
         (["data", "get", "mnist"], "Expected the name of a known data set, one of fashion-mnist"),
@@ -77,6 +82,61 @@ def test_mistakes_get_one_clear_line(
     assert status == 2
     assert expected in err
     assert "Traceback" not in err
+
+
+def test_the_reader_may_go_before_the_end() -> None:
+    words = [sys.executable, "-m", "batchformer", "ls"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(("words", "way"), [(["data", "get", "cifar10"], False), (["compare", "--seeds=1"], True)])
+def test_ctrl_c_names_a_way_on_where_there_is_one(
+    words: list[str], way: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, f"_{words[0]}", stop)
+    status, _, err = outcome(words, capsys)
+    assert status == 130
+    assert ("--resume" in err) == way
+
+
+def test_a_defect_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(cli, "_ls", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.main(["ls"])
+
+
+def test_a_linked_setting_and_a_wrong_group_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["fit", "longtail/folder", f"--out={tmp_path}", "--trainer.precision=32", "--data.seed=1"]
+    words += ["--model.network=3", "--model.optimizer.milestones=[1,a]", "--data.root=123", "--data.n_max"]
+    _, _, err = outcome(words, capsys)
+    assert "5 problems in" in err  # a folder may be called 123
+    for part in (
+        "trainer.precision follows from precision. Set that.",
+        "data.seed follows from seed. Set that.",
+        "model.network: expected a mapping of settings, got 3.",
+        "model.optimizer.milestones: expected a list (each: an integer), got [1, 'a'].",
+        "Expected a value for --data.n_max.",
+    ):
+        assert part in err
+
+
+def test_what_print_config_prints_is_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["fit", "longtail/folder", "--print-config", "--data.root=x", "--model.optimizer.lr=0.02"]
+    _, first, _ = outcome(words, capsys)
+    (tmp_path / "mine.yaml").write_text(first, encoding="utf-8")
+    status, second, _ = outcome(["fit", str(tmp_path / "mine.yaml"), "--print-config"], capsys)
+    assert (status, second) == (0, first)
 
 
 def test_all_mistakes_in_the_settings_come_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,3 +241,29 @@ def test_hostile_folders_are_refused_before_the_first_step(
     status, _, err = outcome([*words[:3], f"--data.root={tmp_path / 'nowhere'}"], capsys)
     assert status == 2
     assert "nowhere" in err
+
+
+def test_other_hostile_folders(
+    strange_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BATCHFORMER_DATA", str(tmp_path / "data"))
+    single, flat, empty, file = (tmp_path / name for name in ("single", "flat", "empty", "file"))
+    shutil.copytree(strange_folder / "z", single / "z")
+    shutil.copytree(strange_folder / "z", flat)
+    shutil.copytree(strange_folder, empty)
+    for name in ("nothing 1", "nothing 2"):
+        (empty / name).mkdir()
+    file.write_text("no folder")
+    for root, parts in (
+        (single, ["at least two sub-folders, one per class", "found 1"]),
+        (flat, ["at least two sub-folders", "2 image(s) directly in it"]),
+        (empty, ["images in every class folder", "nothing 1", "nothing 2"]),
+        (file, ["one sub-folder per class", str(file)]),
+    ):
+        status, _, err = outcome(
+            ["fit", "longtail/folder", f"--out={tmp_path / 'runs'}", f"--data.root={root}"], capsys
+        )
+        assert status == 2
+        assert all(part in err for part in parts), err
+        assert "Traceback" not in err
+        assert not list((tmp_path / "runs").rglob("*"))

@@ -1,10 +1,15 @@
 """The comparison: same start and same data for every arm, and a word on each way to get it wrong."""
 
 import json
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -132,3 +137,54 @@ def test_another_comparison_is_not_mixed_in(small: Small, tmp_path: Path) -> Non
     (tmp_path / "compare.json").write_text(json.dumps({"recipe": "longtail/other", "arms": [], "seeds": []}))
     with pytest.raises(ValueError, match=r"comparison of longtail/folder in .*, found one of longtail/other"):
         compared(small, tmp_path, resume=True)
+
+
+def test_resumed_without_its_seeds_a_comparison_keeps_them(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a finished run of other settings is not taken for one of these."""
+    from batchformer.engine import compare as module
+    from batchformer.engine.run import fit
+
+    def here(recipe: Path, overrides: list[str], run: Path, name: str, command: str | None) -> dict[str, Any]:
+        return fit(recipe, overrides, run, name=name, resume=run.exists(), say=lambda line: None)
+
+    monkeypatch.setattr(module, "_apart", here)
+    compared(small, tmp_path / "both", seeds=[3, 5], controls=["duplicate"])
+    (tmp_path / "both/duplicate/seed5/done").unlink()
+    said = compared(small, tmp_path / "both", seeds=[3], resume=True)
+    assert [line.split(":")[0] for line in said] == [
+        f"[{n}/6] {arm}, seed {seed}"
+        for n, (seed, arm) in enumerate(
+            ((seed, arm) for seed in (3, 5) for arm in ("plain", "batchformer", "duplicate")), 1
+        )
+    ]
+    assert (tmp_path / "both/duplicate/seed5/done").exists()
+    with pytest.raises(ConfigError, match=r"model.optimizer.lr: 0.5 \(was: 0.05\)"):
+        compared(small, tmp_path / "both", "--model.optimizer.lr=0.5", seeds=[3, 5, 6], resume=True)
+
+
+def test_a_run_that_is_killed_is_named(small: Small, tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    def kill() -> None:
+        metrics = tmp_path / "both/plain/seed0/metrics.csv"
+        while not killed:
+            children = [child for child in psutil.Process().children(recursive=True) if metrics.exists()]
+            # The run is the youngest descendant: the server that it was forked off came before.
+            if len(children) > 1:
+                killed.append(max(children, key=lambda child: child.create_time()).pid)
+                os.kill(killed[0], signal.SIGKILL)
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    with pytest.raises(ChildProcessError, match=r"seed0 to be trained, .* \(exit code -9; .* Go on with --resume"):
+        compare(RECIPE, small(epochs=500), tmp_path / "both", name="longtail/folder", seeds=[0], say=lambda line: None)
+    thread.join(10)
+
+
+def test_a_second_stage_is_not_compared(small: Small, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="so that all arms are alike"):
+        compared(small, tmp_path / "both", "--model.stage.second=crt")
+    assert not (tmp_path / "both").exists()

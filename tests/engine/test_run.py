@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from batchformer.engine import records
+from batchformer.engine import config, records
 from batchformer.engine import run as engine
 from batchformer.engine.config import ConfigError, parse
 from batchformer.engine.export import export
 from batchformer.engine.recipes import find_recipe
+from batchformer.tasks.longtail.paco import PaCo
 from batchformer.tasks.longtail.restore import load_network
 
 RECIPE = find_recipe("longtail/folder").path
@@ -73,6 +75,73 @@ def test_a_run_leaves_complete_records(finished: Path) -> None:
     assert parse(finished / "config.yaml", logger=False).model.optimizer_settings.lr == 0.05
 
 
+def test_a_run_may_be_moved_and_go_on_elsewhere(
+    run: Run, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder, the terminal and the device do not belong to the settings."""
+    shutil.copytree(finished, tmp_path / "moved")
+    for file in ("done", "result.json"):
+        (tmp_path / "moved" / file).unlink()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    run(tmp_path / "moved", resume=True)
+    same_end(finished, tmp_path / "moved")
+    environment = json.loads((tmp_path / "moved" / "environment.json").read_text())
+    first = json.loads((finished / "environment.json").read_text())
+    assert environment["date"] == first["date"]
+    assert [note["command"] for note in environment["resumed"]] == ["test"]
+
+
+def test_a_finished_run_is_not_another_one(run: Run, finished: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.optimizer.lr: 0.5 \(was: 0.05\)"):
+        run(finished, "--model.optimizer.lr=0.5", resume=True)
+
+
+def test_other_data_is_refused_on_resume(run: Run, finished: Path, images: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "done").unlink()
+    more = images / "blue" / "new.png"
+    for index in range(4):
+        shutil.copy(images / "blue" / "0.png", more.with_stem(f"new{index}"))
+    try:
+        with pytest.raises(ValueError, match="the training images of each class have changed"):
+            run(tmp_path / "run", resume=True)
+    finally:
+        for index in range(4):
+            more.with_stem(f"new{index}").unlink()
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_run_without_training_is_a_run(run: Run, tmp_path: Path) -> None:
+    result = run(tmp_path / "run", epochs=0)
+    assert engine.test(tmp_path / "run") == result["metrics"]
+    assert (tmp_path / "run" / "metrics.csv").read_text() == "epoch,step\n"
+
+
+@pytest.mark.parametrize("word", ["--trainer.fast_dev_run=true", "--trainer.limit_test_batches=0"])
+def test_a_run_that_would_not_be_saved_or_tested_is_refused(word: str, run: Run, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"For a quick trial set trainer.max_epochs=1"):
+        run(tmp_path / "run", word)
+    assert not (tmp_path / "run").exists()
+
+
+def test_precision_is_said_and_recorded(
+    run: Run, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert run(tmp_path / "run", "--precision=32-true", epochs=1)["host"]["precision"] == "32-true"
+    assert ", cpu, 32-true, " in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["precision"] == "32-true"
+    auto = json.loads((finished / "environment.json").read_text())["precision"]
+    assert auto == config.resolve_precision("auto")
+
+
+@pytest.mark.parametrize(("flags", "expected"), [("fpu avx512_bf16 avx", "bf16-mixed"), ("fpu avx2", "32-true")])
+def test_automatic_precision_asks_the_processor(flags: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: f"flags : {flags}\n")
+    assert config.resolve_precision("auto") == expected
+
+
 def test_training_learns(finished: Path) -> None:
     rows = list(csv.DictReader((finished / "metrics.csv").read_text().splitlines()))
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
@@ -113,20 +182,23 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("kind", ["plain", "ride"])
+@pytest.mark.parametrize("kind", ["plain", "ride", "paco"])
 def test_exports_equal_the_plain_network(kind: str, run: Run, finished: Path, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     from safetensors.torch import load_file
 
     folder = finished
-    if kind == "ride":
-        folder = tmp_path / "ride"
-        run(folder, "--model.network.kind=ride", "--model.loss.name=ride", epochs=1)
+    if kind != "plain":
+        folder = tmp_path / kind
+        more = ["--data.two_views=true", "--model.network.settings.queue_size=8"] if kind == "paco" else []
+        run(folder, f"--model.network.kind={kind}", f"--model.loss.name={kind}", *more, epochs=1)
     written = export(folder, tmp_path / "out")
     assert [path.name for path in written] == ["model.safetensors", "model.onnx", "model.json"]
     network, facts, _ = load_network(folder)
     state = load_file(tmp_path / "out" / "model.safetensors")
-    assert state.keys() == network.state_dict().keys()
+    plain = network.plain() if isinstance(network, PaCo) else network
+    assert state.keys() == plain.state_dict().keys()
+    assert not any(word in key for key in state for word in ("batchformer", "queue", "key_"))
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
     for rows in (1, 5):  # any batch size
         x = torch.randn(rows, facts.in_channels, facts.image_size, facts.image_size)
@@ -134,11 +206,33 @@ def test_exports_equal_the_plain_network(kind: str, run: Run, finished: Path, tm
             expected = network(x)
         expected = expected.mean(1) if kind == "ride" else expected
         (found,) = session.run(None, {"images": x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
     facts_written = json.loads((tmp_path / "out" / "model.json").read_text())
     assert facts_written["classes"] == ["blue", "green", "red"]
     with pytest.raises(ValueError, match=r"formats out of .* got \['pickle'\]"):
         export(folder, tmp_path / "out", ("pickle",))
+
+
+def test_routed_experts_are_tested_and_not_written_as_onnx(run: Run, tmp_path: Path) -> None:
+    ride = ["--model.network.kind=ride", "--model.loss.name=ride"]
+    run(tmp_path / "first", *ride, epochs=1)
+    stage = ["--model.stage.second=routing", f"--model.stage.start_from={tmp_path / 'first'}"]
+    result = run(tmp_path / "second", *ride, *stage, epochs=1)
+    assert 1 <= result["metrics"]["experts_used"] <= 3
+    assert engine.test(tmp_path / "second") == result["metrics"]
+    with pytest.raises(ValueError, match=r"got routed experts, which ONNX cannot say. Give --format=safetensors"):
+        export(tmp_path / "second", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert len(export(tmp_path / "second", tmp_path / "out", ("safetensors",))) == 2
+
+
+@pytest.mark.parametrize(("format", "package"), [("safetensors", "safetensors.torch"), ("onnx", "onnx")])
+def test_a_missing_package_names_the_extra(
+    format: str, package: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"{format} is missing: pip install 'batchformer\[export\]'"):
+        export(finished, tmp_path, (format,))
 
 
 # ---------------------------------------------------------------- interruption
@@ -178,9 +272,11 @@ def test_resumes_to_the_same_end(more: list[str], run: Run, tmp_path: Path, monk
     same_end(whole, broken)
 
 
-def started(small: Callable[..., list[str]], out: Path, name: str, resume: bool = False) -> "subprocess.Popen[str]":
+def started(
+    small: Callable[..., list[str]], out: Path, name: str, resume: bool = False, epochs: int = 40
+) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "batchformer", "fit", "longtail/folder", f"--out={out}", f"--name={name}"]
-    command += [*(["--resume"] if resume else []), *small(epochs=12)]
+    command += [*(["--resume"] if resume else []), *small(epochs=epochs)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
@@ -202,6 +298,7 @@ def wait_for_epochs(folder: Path, epochs: int, process: "subprocess.Popen[str]")
     raise AssertionError(f"never came to epoch {epochs}: {process.communicate()}")
 
 
+@pytest.mark.slow  # test_kills.py does the same in less time, at chosen places
 @pytest.mark.timeout(400)
 def test_killed_at_any_moment_and_resumed_ends_with_the_same_numbers(
     small: Callable[..., list[str]], tmp_path: Path
@@ -223,7 +320,7 @@ def test_killed_at_any_moment_and_resumed_ends_with_the_same_numbers(
 
 @pytest.mark.timeout(200)
 def test_ctrl_c_says_how_to_go_on(small: Callable[..., list[str]], tmp_path: Path) -> None:
-    process = started(small, tmp_path, "run")
+    process = started(small, tmp_path, "run", epochs=4000)
     wait_for_epochs(tmp_path / "run", 2, process)
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)

@@ -15,7 +15,7 @@ from .records import write_json
 FORMATS = ("safetensors", "onnx")
 
 
-class _Probabilities(nn.Module):
+class _Logits(nn.Module):
     """Logits of the plain network, (N, K), whatever the number of experts."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -24,8 +24,6 @@ class _Probabilities(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits = self.network(images)
-        if isinstance(logits, tuple):
-            return logits[0]  # type: ignore[no-any-return]
         return logits.mean(dim=1) if logits.dim() == 3 else logits  # type: ignore[no-any-return]
 
 
@@ -59,7 +57,7 @@ def export(run: Path, out: Path, formats: tuple[str, ...] = FORMATS) -> list[Pat
         written.append(_safetensors(network, out / "model.safetensors"))
     if "onnx" in formats:
         images = torch.zeros(2, facts.in_channels, facts.image_size, facts.image_size)
-        written.append(_onnx(_Probabilities(network).eval(), images, out / "model.onnx"))
+        written.append(_onnx(_Logits(network).eval(), images, out / "model.onnx"))
     write_json(
         out / "model.json", {"network": asdict(settings), **asdict(facts), "input": "(image / 255 - mean) / std"}
     )

@@ -66,7 +66,7 @@ def fit(
     cli = parse(recipe, overrides, **_surroundings(folder, [history, cost, keeper]))
     trainer: Trainer = cli.trainer
     task = cast(LongTailTask, cli.model)
-    if trainer.fast_dev_run or trainer.limit_test_batches == 0:
+    if getattr(trainer, "fast_dev_run", False) or trainer.limit_test_batches == 0:
         raise ConfigError(
             "Expected a run that is saved and tested, got trainer.fast_dev_run or trainer.limit_test_batches=0. For a "
             "quick trial set trainer.max_epochs=1, trainer.limit_train_batches=2 and trainer.limit_test_batches=2."

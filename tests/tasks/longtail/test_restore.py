@@ -1,0 +1,92 @@
+"""From what a run left behind to a network, whatever kind and stage."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from batchformer.core import insert_arm
+from batchformer.tasks.longtail.paco import PaCo
+from batchformer.tasks.longtail.restore import DataFacts, build_network, load_network, second_stage
+from batchformer.tasks.longtail.ride import RIDE, RoutedExperts
+from batchformer.tasks.longtail.settings import NetworkSettings
+
+FACTS = DataFacts([9, 4, 2], ["a", "b", "c"], {"many": [0], "medium": [1], "few": [2]}, 1, 16, [0.5], [0.5])
+KINDS = {
+    "plain": NetworkSettings(),
+    "cosine": NetworkSettings(cosine=True),
+    "ride": NetworkSettings(kind="ride", experts=2),
+    "paco": NetworkSettings(kind="paco", settings={"queue_size": 8, "embed_dim": 16}),
+}
+
+
+def saved(path: Path, network: nn.Module, settings: NetworkSettings, second: str | None = None) -> Path:
+    state = {f"network.{key}": value for key, value in network.state_dict().items()}
+    stored = {"network": asdict(settings), "second": second, "data": asdict(FACTS)}
+    (path / "checkpoints").mkdir(parents=True)
+    torch.save({"state_dict": state, "longtail": stored}, path / "checkpoints" / "last.ckpt")
+    return path
+
+
+def answer(network: nn.Module) -> Any:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        answered = network.eval()(torch.randn(4, 1, 16, 16))
+    return answered[0] if isinstance(answered, tuple) else answered
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [True, False])
+def test_the_plain_network_comes_back_without_the_module(kind: str, share: bool, tmp_path: Path) -> None:
+    network = build_network(KINDS[kind], FACTS)
+    plain = set(network.state_dict())
+    insert_arm(network, "batchformer", before="auto", share=share)
+    run = saved(tmp_path / "run", network, KINDS[kind])
+    restored = load_network(run)
+    assert set(restored.network.state_dict()) == plain
+    assert not restored.network.training
+    assert (restored.facts, restored.settings) == (FACTS, KINDS[kind])
+    assert torch.equal(answer(restored.network), answer(network))
+    assert torch.equal(answer(load_network(run / "checkpoints" / "last.ckpt").network), answer(network))
+
+
+def test_restoring_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build_network(NetworkSettings(), FACTS)
+    run = saved(tmp_path / "run", network, NetworkSettings(pretrained=True))
+    assert load_network(run).settings.pretrained is False
+
+
+@pytest.mark.parametrize("second", ["crt", "lws", "tau"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_stages_come_back(kind: str, second: str, tmp_path: Path) -> None:
+    network = second_stage(build_network(KINDS[kind], FACTS), second, 0.5)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.01)
+    assert not isinstance(network, PaCo)
+    restored = load_network(saved(tmp_path / "run", network, KINDS[kind], second)).network
+    assert torch.equal(answer(restored), answer(network))
+
+
+def test_routed_experts_come_back(tmp_path: Path) -> None:
+    routed = second_stage(build_network(KINDS["ride"], FACTS), "routing", 1.0)
+    assert isinstance(routed, RoutedExperts)
+    restored = load_network(saved(tmp_path / "run", routed, KINDS["ride"], "routing")).network
+    assert torch.equal(answer(restored), answer(routed))
+
+
+def test_only_ride_can_be_routed() -> None:
+    with pytest.raises(ValueError, match="Expected a RIDE run to start from for 'routing', got a Network"):
+        second_stage(build_network(KINDS["paco"], FACTS), "routing", 1.0)
+    assert isinstance(build_network(KINDS["ride"], FACTS), RIDE)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"run folder with checkpoints/last.ckpt, or a checkpoint file, got"):
+        load_network(tmp_path)
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="without the entry 'longtail'"):
+        load_network(tmp_path / "other.ckpt")
