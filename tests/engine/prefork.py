@@ -1,0 +1,111 @@
+"""A process that has the slow imports done and forks a real `batchformer` process for every line that it reads.
+
+Each line is JSON: ``argv``, ``output`` (file of stdout and stderr) and ``trap``, where the process kills itself. It
+answers with the process id, and with the exit status once the process has ended.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batchformer import cli
+from batchformer.engine import records, run
+from batchformer.tasks.longtail.task import LongTailTask
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_step(number: str) -> None:
+    """In the middle of a training step, counted over the epochs from 0: after the backward pass, in the update."""
+    original = torch.optim.SGD.step
+    steps = iter(range(10**9))
+
+    def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
+        loss = original(self, closure)
+        if next(steps) == int(number):
+            die()
+        return loss
+
+    torch.optim.SGD.step = step  # type: ignore[method-assign]
+
+
+def in_checkpoint(number: str) -> None:
+    """With half of the checkpoint written."""
+    original = torch.save
+    saves = iter(range(10**9))
+
+    def save(content: Any, file: Any) -> None:
+        original(content, file)
+        if next(saves) == int(number):
+            file.flush()
+            file.truncate(file.tell() // 2)
+            die()
+
+    torch.save = save  # type: ignore[assignment]
+
+
+def in_file(name: str) -> None:
+    """With one of the small files written and not yet in its place."""
+    original = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target).name == name:
+            die()
+        original(source, target)
+
+    records.os.replace = replace  # type: ignore[assignment]
+
+
+def in_test(_: str) -> None:
+    """While the test images are looked at."""
+    LongTailTask.test_step = lambda self, batch, batch_idx: die()  # type: ignore[method-assign]
+
+
+TRAPS = {trap.__name__: trap for trap in (at_step, in_checkpoint, in_file, in_test)}
+
+
+def serve() -> None:
+    for line in sys.stdin:
+        order = json.loads(line)
+        if (pid := os.fork()) == 0:
+            become(order)
+        print(pid, flush=True)
+        threading.Thread(
+            target=lambda pid=pid: print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        ).start()
+
+
+def become(order: dict[str, Any]) -> None:
+    os.setsid()
+    output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    status = 1
+    try:
+        if order["trap"]:
+            name, _, argument = order["trap"].partition(":")
+            TRAPS[name](argument)
+        sys.argv = ["batchformer", *order["argv"]]
+        status = cli.main()
+    except SystemExit as leave:
+        status = int(leave.code or 0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    assert run.DONE
+    serve()

@@ -1,0 +1,185 @@
+"""Real processes that are killed or interrupted anywhere, and go on to the same numbers, bit for bit."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
+Small = Callable[..., list[str]]
+
+
+class Command:
+    """`batchformer` processes, forked off one that has the slow imports done."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.output = scratch / "output.txt"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "BATCHFORMER_DATA": str(scratch / "data")}
+        self.server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("prefork.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def start(self, *argv: str, trap: str = "") -> int:
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.stdin.write(json.dumps({"argv": argv, "output": str(self.output), "trap": trap}) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def end(self) -> tuple[int, str]:
+        """The exit status of the process started last, and what it said."""
+        assert self.server.stdout is not None
+        return int(self.server.stdout.readline()), self.output.read_text(encoding="utf-8")
+
+    def run(self, *argv: str, trap: str = "") -> tuple[int, str]:
+        self.start(*argv, trap=trap)
+        return self.end()
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    command = Command(tmp_path_factory.mktemp("command"))
+    yield command
+    command.server.communicate(timeout=60)
+
+
+def same_end(one: Path, other: Path) -> None:
+    results = [json.loads((folder / "result.json").read_text()) for folder in (one, other)]
+    assert results[0]["metrics"] == results[1]["metrics"]
+    assert results[0]["per_class"] == results[1]["per_class"]
+    assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+    states = [torch.load(folder / "checkpoints/last.ckpt", weights_only=True) for folder in (one, other)]
+    for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert_equal(states[0][key], states[1][key])
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        one, other = list(one.values()), list(other.values())
+    if isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for first, second in zip(one, other, strict=True):
+            assert_equal(first, second)
+    else:
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+# Each run has 3 epochs of 4 steps (31 training images, batches of 8, the last one dropped): 12 steps.
+EPOCHS, STEPS = 3, 3
+KINDS = {
+    "average": ["--model.ema=0.7", "--data.sampler=progressive", "--model.optimizer.warmup_epochs=2"],
+    "ride": [
+        "--model.network.kind=ride",
+        "--model.loss.name=ride",
+        "--model.loss.settings.reweight_epoch=1",
+        "--data.mixup_alpha=0.5",
+    ],
+    "paco": [
+        "--model.network.kind=paco",
+        "--model.network.settings.queue_size=16",
+        "--model.loss.name=paco",
+        "--data.two_views=true",
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_again_and_again_ends_with_the_same_numbers(
+    kind: str, command: Command, small: Small, tmp_path: Path
+) -> None:
+    settings = [*small(*KINDS[kind], epochs=EPOCHS), f"--out={tmp_path}"]
+    status, said = command.run("fit", "longtail/folder", "--name=whole", *settings)
+    assert status == 0, said
+    lines = said.splitlines()  # no warning, no progress bar, no word of Lightning's
+    assert [line.split()[0] for line in lines] == ["Training", "top1", "Run:"], said
+    with (tmp_path / "whole" / "metrics.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == [str(STEPS * (e + 1)) for e in range(EPOCHS)]
+    dice = random.Random(kind)
+    traps = [
+        f"at_step:{dice.randrange(STEPS)}",  # before the first checkpoint
+        "in_checkpoint:0",  # the first one, half written
+        f"at_step:{STEPS + dice.randrange(STEPS)}",  # in the second epoch, counted from the first
+        "in_checkpoint:0",  # the second one: the first must stay
+        "in_file:metrics.csv",
+        f"at_step:{dice.randrange(STEPS)}",  # in the second epoch or in the last
+        "in_test",  # nothing is left to train
+        "in_file:result.json",
+        "in_file:done",
+    ]
+    folder = tmp_path / "killed"
+    for trap in traps:
+        status, said = command.run("fit", "longtail/folder", "--name=killed", *settings, "--resume", trap=trap)
+        assert status == -signal.SIGKILL, (trap, said)
+        assert not (folder / "done").exists()
+        checkpoint = folder / "checkpoints" / "last.ckpt"
+        if checkpoint.exists():
+            torch.load(checkpoint, weights_only=True)
+        if (folder / "result.json").exists():
+            json.loads((folder / "result.json").read_text())
+    status, said = command.run("fit", "longtail/folder", "--name=killed", *settings, "--resume")
+    assert status == 0, said
+    same_end(tmp_path / "whole", folder)
+    assert len(json.loads((folder / "environment.json").read_text())["resumed"]) == len(traps)
+    # Nothing half written is left over in the end.
+    assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == sorted(
+        ["config.yaml", "environment.json", "metrics.csv", "result.json", "done", "last.ckpt"]
+    )
+    status, said = command.run("fit", str(folder), "--resume")
+    assert (status, "is finished already" in said) == (0, True)
+
+
+def wait_for(file: Path, lines: int) -> None:
+    end = time.monotonic() + 120
+    while not file.exists() or len(file.read_text().splitlines()) < lines:
+        assert time.monotonic() < end, f"{file} never came to {lines} lines"
+        time.sleep(0.005)
+
+
+def test_ctrl_c_in_a_run_resumes_where_it_stopped(command: Command, small: Small, tmp_path: Path) -> None:
+    settings = [*small(epochs=20), f"--out={tmp_path}"]
+    words = ["fit", "longtail/folder", "--name=my run", *settings]
+    pid = command.start(*words)
+    wait_for(tmp_path / "my run" / "metrics.csv", 4)
+    os.killpg(pid, signal.SIGINT)
+    status, said = command.end()
+    assert status == 130, said
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].strip().startswith("batchformer fit longtail/folder '--name=my run' --data.root=")
+    assert said.rstrip().endswith("--resume")
+    pid = command.start(*words, "--resume")
+    wait_for(tmp_path / "my run" / "metrics.csv", 8)
+    os.killpg(pid, signal.SIGTERM)  # a batch system's way to ask
+    status, said = command.end()
+    assert (status, "Traceback" in said) == (130, False), said
+    assert command.run(*words, "--resume")[0] == 0
+    assert command.run("fit", "longtail/folder", "--name=whole", *settings)[0] == 0
+    same_end(tmp_path / "whole", tmp_path / "my run")
+
+
+def test_a_killed_comparison_takes_its_run_along(command: Command, small: Small, tmp_path: Path) -> None:
+    words = ["compare", "longtail/folder", f"--out={tmp_path}", "--name=both", *small(epochs=200)]
+    pid = command.start(*words)
+    metrics = tmp_path / "both" / "plain" / "seed0" / "metrics.csv"
+    wait_for(metrics, 3)
+    os.kill(pid, signal.SIGKILL)
+    assert command.end()[0] == -signal.SIGKILL
+    time.sleep(0.3)
+    before = metrics.read_bytes()
+    time.sleep(1)
+    assert metrics.read_bytes() == before
+    assert json.loads((tmp_path / "both" / "compare.json").read_text())["seeds"] == [0, 1, 2]  # written first
