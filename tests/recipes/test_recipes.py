@@ -20,8 +20,9 @@ from batchformer import cli
 from batchformer.engine import run as engine
 from batchformer.engine.config import parse
 from batchformer.engine.recipes import Recipe, find_recipe, recipes
-from batchformer.tasks.longtail.settings import OptimizerSettings
-from batchformer.tasks.longtail.task import LongTailTask, learning_rate_factor
+from batchformer.tasks.longtail.task import LongTailTask
+from batchformer.tasks.training.schedule import learning_rate_factor
+from batchformer.tasks.training.settings import OptimizerSettings
 
 MakeData = Callable[[str], Path]
 

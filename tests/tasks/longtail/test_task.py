@@ -11,14 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchformer.tasks.longtail.restore import DataFacts
-from batchformer.tasks.longtail.settings import (
-    BatchFormerSettings,
-    LossSettings,
-    NetworkSettings,
-    OptimizerSettings,
-    StageSettings,
-)
-from batchformer.tasks.longtail.task import LongTailTask, learning_rate_factor
+from batchformer.tasks.longtail.settings import LossSettings, NetworkSettings, StageSettings
+from batchformer.tasks.longtail.task import LongTailTask
+from batchformer.tasks.training.schedule import learning_rate_factor
+from batchformer.tasks.training.settings import BatchFormerSettings, OptimizerSettings
 
 COUNTS = [40, 10, 4]
 

@@ -1,17 +1,21 @@
 """One long-tailed run: data, network, plug-in, loss and metrics, wired for Lightning's Trainer."""
 
-import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from batchformer.core import Handle, insert_arm, param_groups
+from batchformer.core import Handle, param_groups
 from batchformer.data.samplers import derive_seed
+from batchformer.tasks.training.averaging import MovingAverage
+from batchformer.tasks.training.contract import ClassResult
+from batchformer.tasks.training.schedule import optimization
+from batchformer.tasks.training.settings import BatchFormerSettings, OptimizerSettings, insert_plug_in
 
 from .criterion import Criterion, RIDELoss, build_loss
 from .loss_ride import routing
@@ -20,7 +24,7 @@ from .model import LongTailNetwork
 from .paco import PaCoOutput
 from .restore import DataFacts, build_network, load_network, second_stage
 from .ride import RIDE, RoutedOutput, RoutingOutput
-from .settings import BatchFormerSettings, LossSettings, NetworkSettings, OptimizerSettings, StageSettings
+from .settings import LossSettings, NetworkSettings, StageSettings
 
 DIVERGED = (
     "Lower model.optimizer.lr, raise model.optimizer.warmup_epochs, clip with trainer.gradient_clip_val, or run with "
@@ -48,6 +52,10 @@ class LongTailTask(LightningModule):
     Raises:
         ValueError: From ``setup()``, for settings that do not go together.
     """
+
+    primary: ClassVar[str] = "top1"
+    class_metric: ClassVar[str] = "accuracy"
+    class_count: ClassVar[str] = "training images"
 
     def __init__(
         self,
@@ -111,14 +119,8 @@ class LongTailTask(LightningModule):
             raise ValueError(f"Expected the RIDE loss for distillation from a teacher, got {loss!r}.")
 
     def _insert(self, network: LongTailNetwork) -> Handle | None:
-        plug_in = self.plug_in
-        heads = plug_in.num_heads or (network.num_heads if isinstance(network, RIDE) else 4)
-        place: dict[str, Any] = {"before": plug_in.before} if plug_in.after is None else {"after": plug_in.after}
-        names = ("mlp_ratio", "drop", "layers", "mode", "gather", "share")
-        layer = {name: getattr(plug_in, name) for name in names}
-        if plug_in.layout is not None:
-            layer["layout"] = plug_in.layout
-        return insert_arm(network, plug_in.arm, num_heads=heads, **place, **layer)
+        heads = network.num_heads if isinstance(network, RIDE) else 4
+        return insert_plug_in(network, self.plug_in, num_heads=heads)
 
     def _load_teachers(self) -> list[nn.Module]:
         if self.stage.teacher is None:
@@ -214,6 +216,22 @@ class LongTailTask(LightningModule):
         # The same on every rank; averaging them changes nothing, and Lightning asks for it.
         self.log_dict({f"{split}_{name}": value.float() for name, value in values.items()}, sync_dist=True)
 
+    def class_results(self) -> list[ClassResult]:
+        """The accuracy of each class."""
+        facts = cast(DataFacts, self.facts)
+        return [ClassResult(*entry) for entry in zip(facts.classes, facts.counts, self.per_class, strict=True)]
+
+    def notes(self) -> list[str]:
+        """Nothing that the settings do not say."""
+        return []
+
+    @staticmethod
+    def not_comparable(setting: Callable[[str], Any]) -> str | None:
+        """A second stage has no arms."""
+        if setting("model.stage.second") is None:
+            return None
+        return "a second stage trains no BatchFormer, so that all arms are alike"
+
     def _format(self, images: Tensor) -> Tensor:
         if self.channels_last or (self.channels_last is None and "bf16" in str(self.trainer.precision)):
             return images.contiguous(memory_format=torch.channels_last)
@@ -233,17 +251,7 @@ class LongTailTask(LightningModule):
             batchformer_weight_decay_mult=self.plug_in.weight_decay_mult if own else 1.0,
             decay_norm_and_bias=settings.decay_norm_and_bias,
         )
-        optimizer: torch.optim.Optimizer
-        if settings.name == "sgd":
-            optimizer = torch.optim.SGD(groups, momentum=settings.momentum, nesterov=settings.nesterov)
-        else:
-            optimizer = torch.optim.AdamW(groups)
-        steps = max(1, int(self.trainer.estimated_stepping_batches))
-        epoch_steps = max(1, steps // max(1, self.trainer.max_epochs or 1))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, steps, epoch_steps, settings)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return optimization(groups, settings, self.trainer)
 
     def configure_callbacks(self) -> list[Callback]:
         """The moving average, where it is asked for."""
@@ -272,37 +280,3 @@ class LongTailTask(LightningModule):
                     f"Expected the data that this run was trained on, but the {what} have changed. Bring it back, or "
                     "start another run."
                 )
-
-
-class MovingAverage(EMAWeightAveraging):
-    """Lightning's, on a network that `LongTailTask.setup` builds: callbacks are set up before the module."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have the network built, then copy it."""
-        pl_module.setup(stage)
-        super().setup(trainer, pl_module, stage)
-
-
-def learning_rate_factor(step: int, steps: int, epoch_steps: int, settings: OptimizerSettings) -> float:
-    """Learning rate over its peak at a step (from 0).
-
-    Args:
-        step: Optimizer steps done.
-        steps: Of the whole run.
-        epoch_steps: Of an epoch.
-        settings: Warm-up and schedule.
-
-    Example:
-        >>> [round(learning_rate_factor(s, 10, 2, OptimizerSettings(warmup_epochs=1)), 3) for s in (0, 1, 2, 6, 10)]
-        [0.5, 1.0, 1.0, 0.5, 0.0]
-    """
-    warmup = round(settings.warmup_epochs * epoch_steps)
-    stride = epoch_steps if settings.per_epoch else 1
-    step = step // stride * stride
-    if step < warmup:
-        return settings.warmup_start + (1 - settings.warmup_start) * min(1.0, (step + stride) / warmup)
-    if settings.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0, step - warmup) / max(1, steps - warmup))))
-    if settings.schedule == "step":
-        return float(settings.gamma ** sum(step >= epoch * epoch_steps for epoch in settings.milestones))
-    return 1.0

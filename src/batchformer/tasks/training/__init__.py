@@ -1,0 +1,1 @@
+"""What every task's training shares: settings, schedule, moving average, and what the engine needs of a task."""
