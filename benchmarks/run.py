@@ -1,6 +1,6 @@
 """Speed and memory of the layer and of a model with it: ratios against a reference in the same run.
 
-python benchmarks/run.py                  everything, about 15 minutes on two cores
+python benchmarks/run.py                  everything, about 7 minutes on two cores
 python benchmarks/run.py --only layer     one of layer, memory, model, growth
 
 Prints Markdown tables and writes them to benchmarks/results/.
