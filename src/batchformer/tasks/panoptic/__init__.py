@@ -1,0 +1,1 @@
+"""Panoptic segmentation: a detector on things and stuff, then a mask head on it."""

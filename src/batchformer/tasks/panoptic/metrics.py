@@ -1,0 +1,211 @@
+"""Panoptic quality as sums that add up over batches and processes, and the mask AP of things.
+
+Axis letters: K classes, T true segments of an image, S predicted ones; 0 along T and S is void.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.detection import MeanAveragePrecision
+
+from .maps import PanopticMap
+from .postprocess import Instances
+
+__all__ = ["PanopticMetrics", "PanopticQuality", "segment_matches"]
+
+
+class Matches(dict[str, Tensor]):
+    """Counts of each class in one image, ``(K,)``: ``iou`` (sum over the matched pairs), ``tp``, ``fp``, ``fn``."""
+
+
+def segment_matches(predicted: PanopticMap, truth: PanopticMap, num_classes: int) -> Matches:
+    """Match the segments of one image: same class, and an intersection over union above one half.
+
+    The union leaves out pixels of the predicted segment where the truth is void. Crowds are never matched and never
+    missed. A predicted segment without a match is no error when more than half of it lies on void and on the crowd of
+    its class (of several such crowds the last one, as the reference evaluator counts).
+
+    Args:
+        predicted: Map of the file's size; every segment has pixels.
+        truth: The same size.
+        num_classes: K.
+
+    Raises:
+        ValueError: When the sizes differ, or a predicted segment has no pixel.
+
+    Source:
+        Kirillov et al., "Panoptic Segmentation", CVPR 2019, section 4; void and crowds as in section 4.2.
+
+    Example:
+        >>> truth = PanopticMap.of(torch.tensor([[1, 1, 2, 2]]), [1, 2], [0, 1])
+        >>> guess = PanopticMap.of(torch.tensor([[1, 1, 1, 2]]), [1, 2], [0, 1])
+        >>> found = segment_matches(guess, truth, 2)
+        >>> found["tp"].tolist(), [round(x, 3) for x in found["iou"].tolist()], found["fn"].tolist()
+        ([1, 0], [0.667, 0.0], [0, 1])
+    """
+    if predicted.ids_HW.shape != truth.ids_HW.shape:
+        raise ValueError(
+            f"Expected a predicted map of the truth's size {tuple(truth.ids_HW.shape)}, got "
+            f"{tuple(predicted.ids_HW.shape)}. Bring the masks to the size of the file first."
+        )
+    pairs_TS = _intersections(truth, predicted)
+    area_S, area_T = pairs_TS.sum(0)[1:], pairs_TS.sum(1)[1:]
+    if bool((area_S == 0).any()):
+        raise ValueError("Expected pixels of every predicted segment, got a segment without any. Leave it out.")
+    void_S, both_TS = pairs_TS[0, 1:], pairs_TS[1:, 1:]
+    union_TS = area_S[None] + area_T[:, None] - both_TS - void_S[None]
+    same_TS = truth.labels_S[:, None] == predicted.labels_S[None]
+    # In whole numbers; above one half a segment has one partner at most.
+    match_TS = same_TS & ~truth.iscrowd_S[:, None] & (2 * both_TS > union_TS)
+    ignored_S = void_S + _on_crowd(both_TS, same_TS & truth.iscrowd_S[:, None])
+    false_S = ~match_TS.any(0) & (2 * ignored_S <= area_S)
+    missed_T = ~match_TS.any(1) & ~truth.iscrowd_S
+    true_T = match_TS.any(1)
+    iou_T = (match_TS * both_TS / union_TS.clamp(min=1).double()).sum(1)
+    return Matches(
+        iou=torch.bincount(truth.labels_S, iou_T, minlength=num_classes),
+        tp=torch.bincount(truth.labels_S[true_T], minlength=num_classes),
+        fp=torch.bincount(predicted.labels_S[false_S], minlength=num_classes),
+        fn=torch.bincount(truth.labels_S[missed_T], minlength=num_classes),
+    )
+
+
+def _intersections(truth: PanopticMap, predicted: PanopticMap) -> Tensor:
+    """Pixels of every pair of segments, ``(T + 1, S + 1)`` with void first, in one pass over the image."""
+    rows, columns = len(truth.labels_S) + 1, len(predicted.labels_S) + 1
+    pairs = (truth.ids_HW * columns + predicted.ids_HW).flatten()
+    return torch.bincount(pairs, minlength=rows * columns).view(rows, columns)
+
+
+def _on_crowd(both_TS: Tensor, crowd_TS: Tensor) -> Tensor:
+    """Pixels of each predicted segment on the last crowd of its class."""
+    if len(both_TS) == 0:
+        return both_TS.sum(0)
+    last_S = (crowd_TS * torch.arange(1, len(both_TS) + 1, device=both_TS.device)[:, None]).amax(0)
+    pixels_S = both_TS.gather(0, (last_S - 1).clamp(min=0)[None])[0]
+    return torch.where(last_S > 0, pixels_S, 0)
+
+
+class PanopticQuality(Metric):
+    """PQ, SQ and RQ over all classes, things and stuff, equal to the reference evaluator's (panopticapi).
+
+    ``PQ = SQ * RQ`` in each class: ``SQ`` is the mean intersection over union of the matched pairs, ``RQ`` is
+    ``tp / (tp + fp / 2 + fn / 2)``. The figures are means over the classes that occur in the truth or in the
+    predictions; of none, NaN.
+
+    Args:
+        is_thing: Of each class: countable, or stuff.
+        **kwargs: Passed to `torchmetrics.Metric`.
+
+    Source:
+        Kirillov et al., "Panoptic Segmentation", CVPR 2019, equation 2.
+
+    Example:
+        >>> truth = PanopticMap.of(torch.tensor([[1, 1, 2, 2]]), [1, 2], [0, 1])
+        >>> metric = PanopticQuality([True, False])
+        >>> metric.update([truth], [truth])
+        >>> {name: float(value) for name, value in metric.compute().items() if name != "per_class"}["PQ"]
+        1.0
+    """
+
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+
+    iou: Tensor
+    tp: Tensor
+    fp: Tensor
+    fn: Tensor
+
+    def __init__(self, is_thing: Sequence[bool], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.is_thing = torch.tensor(list(is_thing), dtype=torch.bool)
+        classes = len(self.is_thing)
+        self.add_state("iou", torch.zeros(classes, dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("tp", "fp", "fn"):
+            self.add_state(name, torch.zeros(classes, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, predicted: Sequence[PanopticMap], truth: Sequence[PanopticMap]) -> None:
+        """Add images: predicted and true maps of the same size, pair by pair.
+
+        Raises:
+            ValueError: From `segment_matches`.
+        """
+        for guess, answer in zip(predicted, truth, strict=True):
+            for name, counts_K in segment_matches(guess, answer, len(self.is_thing)).items():
+                setattr(self, name, getattr(self, name) + counts_K.to(self.tp.device))
+
+    def compute(self) -> dict[str, Tensor]:
+        """The figures as fractions of 1.
+
+        Returns:
+            ``PQ``, ``SQ``, ``RQ``, each also with ``_things`` and ``_stuff``, and ``per_class``: PQ of each class
+            ``(K,)``, NaN of one that did not occur.
+        """
+        errors_K = self.tp + (self.fp + self.fn).double() / 2
+        met_K = errors_K > 0
+        sq_K = self.iou / self.tp.clamp(min=1)
+        values = {"PQ": self.iou / errors_K, "SQ": sq_K, "RQ": self.tp / errors_K}
+        things_K = self.is_thing.to(met_K.device)
+        groups = {"": met_K, "_things": met_K & things_K, "_stuff": met_K & ~things_K}
+        result = {f"{name}{end}": value_K[at].mean() for end, at in groups.items() for name, value_K in values.items()}
+        return {**result, "per_class": values["PQ"]}
+
+
+class PanopticMetrics(nn.Module):
+    """What a panoptic run reports of a split: panoptic quality, and COCO's AP of the masks and boxes of things.
+
+    Args:
+        is_thing: Of each class.
+
+    Example:
+        >>> metrics = PanopticMetrics([True, False])
+        >>> truth = PanopticMap.of(torch.tensor([[1, 1, 2, 2]]), [1, 2], [0, 1])
+        >>> found = Instances(truth.masks_SHW[:1], torch.ones(1), torch.zeros(1, dtype=torch.long))
+        >>> metrics.update([truth], [found], [truth])
+        >>> values = metrics.compute()
+        >>> float(values["PQ"]), round(float(values["mask_AP"]), 3)
+        (1.0, 1.0)
+    """
+
+    def __init__(self, is_thing: Sequence[bool]) -> None:
+        super().__init__()
+        self.is_thing = list(is_thing)
+        self.quality = PanopticQuality(is_thing)
+        self.masks = MeanAveragePrecision(iou_type="segm", backend="faster_coco_eval")
+        self.masks.warn_on_many_detections = False  # COCO counts the best hundred, and that is meant
+
+    def update(
+        self, predicted: Sequence[PanopticMap], found: Sequence[Instances], truth: Sequence[PanopticMap]
+    ) -> None:
+        """Add images: their predicted maps, their instances, their true maps."""
+        self.quality.update(predicted, truth)
+        self.masks.update([self._prediction(image) for image in found], [self._target(image) for image in truth])
+
+    @staticmethod
+    def _prediction(found: Instances) -> dict[str, Tensor]:
+        return {"masks": found.masks_SHW.cpu(), "scores": found.scores_S.cpu(), "labels": found.labels_S.cpu()}
+
+    def _target(self, truth: PanopticMap) -> dict[str, Tensor]:
+        truth = PanopticMap(*(part.cpu() for part in truth))
+        things_S = torch.tensor(self.is_thing)[truth.labels_S]
+        return {
+            "masks": truth.masks_SHW[things_S],
+            "labels": truth.labels_S[things_S],
+            "iscrowd": truth.iscrowd_S[things_S].int(),
+        }
+
+    def compute(self) -> dict[str, Tensor]:
+        """All of `PanopticQuality.compute` and ``mask_AP``, ``mask_AP50``; NaN where there was nothing to find."""
+        precision = {name: value for name, value in self.masks.compute().items() if name in ("map", "map_50")}
+        # The evaluator says -1 for "nothing to find".
+        known = {name: torch.where(value < 0, torch.nan, value) for name, value in precision.items()}
+        return {**self.quality.compute(), "mask_AP": known["map"], "mask_AP50": known["map_50"]}
+
+    def reset(self) -> None:
+        """Forget all images."""
+        self.quality.reset()
+        self.masks.reset()
