@@ -84,9 +84,7 @@ def write_run(
         "arm": arm,
         "seed": seed,
         "metrics": values,
-        "per_class": [
-            {"name": n, "train_images": c, "accuracy": a} for n, c, a in zip(names, counts, accuracy, strict=True)
-        ],
+        "per_class": [{"name": n, "count": c, "value": a} for n, c, a in zip(names, counts, accuracy, strict=True)],
         "cost": {
             "step_ms": 41.0 * (1.0 if arm == "plain" else 1.06) + own.gauss(0, 0.5),
             "peak_memory_mb": 812.0 if arm == "plain" else 861.0,

@@ -88,7 +88,7 @@ def test_training_images_that_differ_between_runs_are_said(folders, tmp_path):
     folder = folders.comparison(tmp_path / "cmp", seeds=range(5))
     counts = (2000, 1199, 718, 430, 258, 154, 92, 55, 20, 33)
     folders.run(folder / "plain" / "seed4", "plain", 4, counts=counts)
-    assert caveats(read_comparison(folder))[0].startswith("Training images per class differ between runs")
+    assert caveats(read_comparison(folder))[0].startswith("The training images per class differ between runs")
 
 
 def test_flattened_config_equals_a_real_yaml_reader():

@@ -88,7 +88,7 @@ def test_one_epoch_is_a_point_inside_the_axes(folders, tmp_path):
 
 
 def test_curve_columns(full, folders, tmp_path):
-    assert curve_columns(full) == ["train_loss", "val_top1"]
+    assert curve_columns(full) == ["val_top1", "train_loss"]
     folder = folders.comparison(tmp_path / "bare", seeds=(0,))
     for path in folder.rglob("metrics.csv"):
         path.unlink()
@@ -130,7 +130,7 @@ def test_plots_without_their_data_say_what_they_need(folders, tmp_path):
         plot_differences(comparison)
     with pytest.raises(ReportError, match="Expected per-class results"):
         plot_classes(comparison)
-    with pytest.raises(ReportError, match="Expected the metrics many, medium or few"):
+    with pytest.raises(ReportError, match="Expected metrics of groups such as many"):
         plot_groups(comparison)
     with pytest.raises(ReportError, match="Expected a column 'val_map'"):
         plot_curves(comparison, "val_map")

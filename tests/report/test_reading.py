@@ -13,7 +13,7 @@ def test_a_run_folder_is_read_whole(folders, tmp_path):
     assert (run.recipe, run.arm, run.seed) == ("longtail/fashion-mnist-lt", "batchformer", 3)
     assert run.metrics["top1"] == 0.8125
     assert math.isnan(run.metrics["few"])  # null in strict JSON
-    assert (run.per_class[0].name, run.per_class[0].train_images) == ("Sneaker", 2000)
+    assert (run.per_class[0].name, run.per_class[0].count) == ("Sneaker", 2000)
     assert run.cost["parameters_test"] == 391498
     assert (run.selection, run.split) == ("last epoch", "test")
     assert run.environment["precision"] == "32-true"

@@ -171,7 +171,7 @@ def test_classes_are_sorted_by_training_images_and_matched_by_name(folders, tmp_
     folder = folders.comparison(tmp_path / "cmp", seeds=(0,))
     for arm, accuracies in (("plain", (0.5, 0.9)), ("batchformer", (0.75, 0.8))):
         order = [("rare", 5, accuracies[0]), ("common", 50, accuracies[1])]
-        entries = [{"name": n, "train_images": c, "accuracy": a} for n, c, a in order]
+        entries = [{"name": n, "count": c, "value": a} for n, c, a in order]
         entries = entries if arm == "plain" else entries[::-1]
         folders.run(folder / arm / "seed0", arm, 0, result={"per_class": entries})
     assert per_class_table(read_comparison(folder)).rows == (

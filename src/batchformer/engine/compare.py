@@ -7,17 +7,24 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
+from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, cast
 
 from batchformer.core.arms import ARMS
+from batchformer.tasks.training.contract import TaskModule
 
-from .config import ConfigError, setting
-from .records import write_json
+from .config import ConfigError, setting, task_of
+from .lock import alone_in
+from .records import write_json, write_text
 from .run import DONE, discard, first_rank, fit
+from .tasks import TASKS, task_classes
+
+PLAN = "compare.json"
 
 
 def compare(
@@ -50,42 +57,53 @@ def compare(
 
     Raises:
         FileExistsError: When the folder has a comparison and ``resume`` is off.
+        BlockingIOError: When another process is at work in the folder.
         ValueError: For unknown controls, repeated seeds, or a folder with another comparison.
     """
     arms = _arms(controls)
+    task = _comparable_task(recipe, overrides, seeds)
+    asked = {"recipe": name, "command": command, "arms": arms, "seeds": list(seeds), "primary": task.primary}
+    with alone_in(folder) if first_rank() else nullcontext(), _keeping_the_plan(folder, resume):
+        _settle(folder, asked)
+        _run_all(recipe, overrides, folder, asked, say)
+    return folder
+
+
+def _run_all(
+    recipe: Path, overrides: Sequence[str], folder: Path, plan: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    runs = [(arm, seed) for seed in plan["seeds"] for arm in plan["arms"]]
+    started = time.monotonic()
+    for finished, (arm, seed) in enumerate(runs, 1):
+        run = folder / arm / f"seed{seed}"
+        before = (run / DONE).exists()
+        own = [*overrides, "--trainer.devices=1", f"--seed={seed}", f"--model.batchformer.arm={arm}"]
+        result = _apart(recipe, own, run, plan["recipe"], plan["command"])
+        value = result["metrics"].get(plan["primary"])
+        shown = "undefined" if value is None else f"{100 * value:.2f} %"
+        note = "kept" if before else f"{result['cost']['train_seconds']:.0f} s of training"
+        say(f"[{finished}/{len(runs)}] {arm}, seed {seed}: {plan['primary']} {shown} ({note})")
+        if finished == 1 and not before and len(runs) > 1:
+            say(f"About {(time.monotonic() - started) * (len(runs) - 1) / 60:.1f} minutes to go.")
+
+
+def _comparable_task(recipe: Path, overrides: Sequence[str], seeds: Sequence[int]) -> type[TaskModule]:
     if len(set(seeds)) != len(seeds) or not seeds:
         raise ValueError(f"Expected different seeds, at least one, got {list(seeds)}.")
     if any(
         word.startswith(("--seed=", "--model.batchformer.arm", "--model.seed", "--data.seed")) for word in overrides
     ):
         raise ConfigError("Expected compare to set the seed and the arm of each run. Give --seeds and --controls.")
-    if setting(recipe, overrides, "model.stage.second") is not None:
-        raise ConfigError("Expected a first stage: a second stage trains no BatchFormer, so that all arms are alike.")
     devices = setting(recipe, overrides, "trainer.devices")
     if devices not in (None, "auto", 1, "1"):
         raise ConfigError(
             f"Expected compare to train each run on one device, got trainer.devices={devices}. Train the arms one by "
             "one with batchformer fit --model.batchformer.arm=plain (and =batchformer), then batchformer report RUNS."
         )
-    asked = {"recipe": name, "command": command, "arms": arms, "seeds": list(seeds), "primary": "top1"}
-    arms, seeds = _settle(folder, asked, resume)
-    plan = [(arm, seed) for seed in seeds for arm in arms]
-    started = time.monotonic()
-    for finished, (arm, seed) in enumerate(plan, 1):
-        run = folder / arm / f"seed{seed}"
-        before = (run / DONE).exists()
-        own = [*overrides, "--trainer.devices=1", f"--seed={seed}", f"--model.batchformer.arm={arm}"]
-        try:
-            result = _apart(recipe, own, run, name, command)
-        except BaseException:
-            _discard_plan(folder)
-            raise
-        took = result["cost"]["train_seconds"]
-        note = "kept" if before else f"{took:.0f} s of training"
-        say(f"[{finished}/{len(plan)}] {arm}, seed {seed}: top-1 {100 * result['metrics']['top1']:.2f} % ({note})")
-        if finished == 1 and not before and len(plan) > 1:
-            say(f"About {(time.monotonic() - started) * (len(plan) - 1) / 60:.1f} minutes to go.")
-    return folder
+    task = cast(type[TaskModule], task_classes(task_of(recipe))[0])
+    if reason := task.not_comparable(partial(setting, recipe, overrides)):
+        raise ConfigError(f"Expected settings in which the arms differ, but {reason}.")
+    return task
 
 
 def _arms(controls: Sequence[str]) -> list[str]:
@@ -95,11 +113,9 @@ def _arms(controls: Sequence[str]) -> list[str]:
     return ["plain", "batchformer", *dict.fromkeys(controls)]
 
 
-def _settle(folder: Path, plan: dict[str, Any], resume: bool) -> tuple[list[str], list[int]]:
-    """Write down what is going to be run, and return it: the arms and the seeds, those of before included."""
-    path = folder / "compare.json"
-    if path.exists() and not resume:
-        raise FileExistsError(f"{folder} has a comparison already. Go on with --resume, or choose another --name.")
+def _settle(folder: Path, plan: dict[str, Any]) -> None:
+    """Write down what is going to be run: the plan gets the arms and seeds of before as well."""
+    path = folder / PLAN
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["recipe"] != plan["recipe"]:
@@ -109,30 +125,45 @@ def _settle(folder: Path, plan: dict[str, Any], resume: bool) -> tuple[list[str]
             plan[key] = list(dict.fromkeys([*before[key], *plan[key]]))
     if first_rank():
         write_json(path, {**plan, "date": datetime.now().astimezone().isoformat(timespec="seconds")})
-    return plan["arms"], plan["seeds"]
+
+
+@contextmanager
+def _keeping_the_plan(folder: Path, resume: bool) -> Iterator[None]:
+    """A refused command changes no plan, and one whose first run never saved anything is not in the next one's way."""
+    path = folder / PLAN
+    if path.exists() and not resume:
+        raise FileExistsError(f"{folder} has a comparison already. Go on with --resume, or choose another --name.")
+    before = path.read_text(encoding="utf-8") if path.exists() else None
+    try:
+        yield
+    except BaseException as error:
+        if first_rank():
+            if before is not None and isinstance(error, ConfigError):
+                write_text(path, before)
+            _discard_plan(folder)
+        raise
 
 
 def _discard_plan(folder: Path) -> None:
-    """A comparison whose first run fails before its first checkpoint does not stand in the way of the next try."""
-    if first_rank() and not any(folder.rglob("last.ckpt")):
-        (folder / "compare.json").unlink(missing_ok=True)
-        for empty in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
-            with suppress(OSError):
-                empty.rmdir()
+    if any(folder.rglob("last.ckpt")):
+        return
+    (folder / PLAN).unlink(missing_ok=True)
+    for empty in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         with suppress(OSError):
-            folder.rmdir()
+            empty.rmdir()
 
 
 def _apart(recipe: Path, overrides: list[str], run: Path, name: str, command: str | None) -> dict[str, Any]:
     """One run in a fresh process: its peak memory is its own, and it cannot disturb the next."""
     # The server process has the slow imports done; every run forks off it.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["batchformer.engine.run"])
+    places = TASKS[task_of(recipe)]
+    context.set_forkserver_preload(["batchformer.engine.run", *(place.partition(":")[0] for place in places)])
     answers, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, recipe, overrides, run, name, command))
-    _start(process)
-    sender.close()
     try:
+        _start(process)
+        sender.close()
         result, error = answers.recv()
     except EOFError:
         process.join()
@@ -142,8 +173,9 @@ def _apart(recipe: Path, overrides: list[str], run: Path, name: str, command: st
         )
     finally:
         # Killing is safe at any moment, and the only way that always works when the user wants to stop.
-        process.kill()
-        process.join()
+        if process.pid is not None:
+            process.kill()
+            process.join()
         if first_rank():
             discard(run)
     if error is not None:
@@ -152,16 +184,25 @@ def _apart(recipe: Path, overrides: list[str], run: Path, name: str, command: st
 
 
 def _start(process: Any) -> None:
-    """Start a process that Ctrl-C does not reach: the terminal sends it to all, and this one ends the other."""
+    """Start a process that Ctrl-C does not reach: the terminal sends it to all, and this one ends the other.
+
+    Starting takes as long as the server needs for its imports. Ctrl-C meanwhile waits until the process is known, so
+    that it can be ended.
+    """
+    pressed: list[int] = []
     try:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     except ValueError:  # not in the main thread, which alone gets Ctrl-C
         process.start()
         return
     try:
+        forkserver.ensure_running()  # in a moment; it and its children inherit that Ctrl-C is ignored
+        signal.signal(signal.SIGINT, lambda *_: pressed.append(1))
         process.start()
     finally:
         signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def _answer(sender: Any, recipe: Path, overrides: list[str], run: Path, name: str, command: str | None) -> None:

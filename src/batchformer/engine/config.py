@@ -5,22 +5,19 @@ import difflib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from types import NoneType, UnionType
+from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from batchformer.tasks.longtail.data import LongTailData
-from batchformer.tasks.longtail.task import LongTailTask
+from .tasks import TASKS, task_classes, task_part
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
-TASKS: dict[str, tuple[type[LightningModule], type[LightningDataModule]]] = {"longtail": (LongTailTask, LongTailData)}
-
 INSTEAD = {"trainer.precision": "precision", "data.seed": "seed", "model.seed": "seed", "seed_everything": "seed"}
 """Settings that follow from others."""
 CIRCUMSTANCES = ("default_root_dir", "enable_progress_bar")
@@ -69,7 +66,7 @@ def parse(recipe: Path, overrides: Sequence[str] = (), **trainer_defaults: Any) 
     Raises:
         ConfigError: For unknown keys, with the nearest ones, and values of the wrong type; all in one message.
     """
-    task, data = TASKS[_task_of(recipe)]
+    task, data = task_classes(task_of(recipe))
     try:
         return _Cli(
             task,
@@ -134,11 +131,29 @@ def _cpu_has_bf16() -> bool:
     return any(name in flags.split() for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def _task_of(recipe: Path) -> str:
+def task_of(recipe: Path) -> str:
+    """The task of a recipe.
+
+    Raises:
+        ConfigError: For an unknown one, and a file that is no recipe.
+    """
     task = _read(recipe).get("task", "longtail")
     if task not in TASKS:
         raise ConfigError(f"Expected task to be one of {sorted(TASKS)} in {recipe}, got {task!r}.")
     return str(task)
+
+
+def run_part(run: Path, part: str) -> ModuleType:
+    """``tasks/<task>/<part>.py`` of the task that a run is of.
+
+    Raises:
+        FileNotFoundError: When it is no run folder.
+        ImportError: When a package is missing; names the extra.
+    """
+    config = run / "config.yaml"
+    if not config.is_file():
+        raise FileNotFoundError(f"Expected a run folder, got {run} without config.yaml. batchformer fit writes them.")
+    return task_part(task_of(config), part)
 
 
 def _read(recipe: Path) -> dict[str, Any]:

@@ -7,21 +7,22 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
 from batchformer.core import BatchFormer
-from batchformer.tasks.longtail.task import LongTailTask
+from batchformer.tasks.training.contract import TaskModule
 
 from .config import ConfigError, differences, dump, parse
+from .lock import alone_in
 from .records import Cost, History, WholeCheckpoints, environment, peak_memory_mb, write_json, write_text
 
 DONE = "done"
@@ -53,47 +54,55 @@ def fit(
 
     Raises:
         FileExistsError: When the folder has a run and ``resume`` is off.
+        BlockingIOError: When another process is at work in the folder.
         ConfigError: For wrong settings; with ``resume`` for settings that differ from the run's.
     """
-    checkpoint = folder / "checkpoints" / "last.ckpt"
-    if first_rank() and (folder / "config.yaml").exists() and not resume:
-        raise FileExistsError(f"{folder} has a run already. Go on with --resume, or choose another --name.")
+    if first_rank() and not resume:
+        _refuse_another_run(folder)
     quiet()
     history, cost = History(folder / "metrics.csv"), Cost()
     keeper = ModelCheckpoint(
-        checkpoint.parent, filename="last", save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
+        _checkpoint(folder).parent,
+        filename="last",
+        save_top_k=1,
+        enable_version_counter=False,
+        save_on_train_epoch_end=True,
     )
     cli = parse(recipe, overrides, **_surroundings(folder, [history, cost, keeper]))
-    trainer: Trainer = cli.trainer
-    task = cast(LongTailTask, cli.model)
-    if getattr(trainer, "fast_dev_run", False) or trainer.limit_test_batches == 0:
+    if getattr(cli.trainer, "fast_dev_run", False) or cli.trainer.limit_test_batches == 0:
         raise ConfigError(
             "Expected a run that is saved and tested, got trainer.fast_dev_run or trainer.limit_test_batches=0. For a "
             "quick trial set trainer.max_epochs=1, trainer.limit_train_batches=2 and trainer.limit_test_batches=2."
         )
-    trainer.strategy.checkpoint_io = WholeCheckpoints()
-    if first_rank():
-        _settle_config(folder, dump(cli), resume)
-    if resume and (folder / DONE).exists():
-        say(f"{folder} is finished already.")
-        return cast(dict[str, Any], json.loads((folder / "result.json").read_text(encoding="utf-8")))
-    if first_rank():
-        _settle_environment(folder, environment(str(trainer.precision), command))
-    going_on = resume and checkpoint.exists()
-    if first_rank():
-        say(f"{'Resuming' if going_on else 'Training'} {folder}: {_words(cli)}")
+    cli.trainer.strategy.checkpoint_io = WholeCheckpoints()
+    with alone_in(folder) if first_rank() else nullcontext():
+        if first_rank():
+            _settle_config(folder, dump(cli), resume)
+        if resume and (folder / DONE).exists():
+            say(f"{folder} is finished already.")
+            return cast(dict[str, Any], json.loads((folder / "result.json").read_text(encoding="utf-8")))
+        if first_rank():
+            _settle_environment(folder, environment(str(cli.trainer.precision), command))
+            going_on = resume and _checkpoint(folder).exists()
+            say(f"{'Resuming' if going_on else 'Training'} {folder}: {_words(cli)}")
+        _train_and_test(cli, folder, history, resume)
+        result = _result(cli, name, cost)
+        if cli.trainer.is_global_zero:
+            write_json(folder / "result.json", result)
+            write_text(folder / DONE, "")
+    return result
+
+
+def _train_and_test(cli: LightningCLI, folder: Path, history: History, resume: bool) -> None:
+    trainer, checkpoint = cli.trainer, _checkpoint(folder)
     with _keeping_nothing_unsaved(folder):
-        trainer.fit(task, cli.datamodule, ckpt_path=checkpoint if going_on else None, weights_only=True)
+        start = checkpoint if resume and checkpoint.exists() else None
+        trainer.fit(cli.model, cli.datamodule, ckpt_path=start, weights_only=True)
         if trainer.max_epochs == 0:
             trainer.save_checkpoint(checkpoint)  # tau-normalization trains nothing, and is a run like any other
             history.write()
         # What is tested is what was saved: a run that was killed after its last epoch has nothing else.
-        trainer.test(task, cli.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
-    result = _result(cli, name, cost, {k: float(v) for k, v in trainer.callback_metrics.items()})
-    if trainer.is_global_zero:
-        write_json(folder / "result.json", result)
-        write_text(folder / DONE, "")
-    return result
+        trainer.test(cli.model, cli.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
 
 
 def test(run: Path) -> dict[str, float | None]:
@@ -102,7 +111,7 @@ def test(run: Path) -> dict[str, float | None]:
     Raises:
         FileNotFoundError: When the run has no checkpoint.
     """
-    checkpoint = run / "checkpoints" / "last.ckpt"
+    checkpoint = _checkpoint(run)
     if not checkpoint.exists():
         raise FileNotFoundError(f"Expected {checkpoint}, but it is not there. Train first, or go on with fit --resume.")
     quiet()
@@ -110,7 +119,7 @@ def test(run: Path) -> dict[str, float | None]:
     alone = ("--trainer.devices=1", "--trainer.strategy=auto", "--trainer.num_nodes=1")
     cli = parse(run / "config.yaml", alone, **_surroundings(run, []))
     cli.trainer.test(cli.model, cli.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
-    return _fractions({k: float(v) for k, v in cli.trainer.callback_metrics.items()})
+    return _fractions(cli.trainer.callback_metrics)
 
 
 @contextmanager
@@ -130,6 +139,15 @@ def _keeping_nothing_unsaved(folder: Path) -> Iterator[None]:
 def first_rank() -> bool:
     """Whether this process is the one that writes: launchers tell the rank before anything is set up."""
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
+def _checkpoint(folder: Path) -> Path:
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def _refuse_another_run(folder: Path) -> None:
+    if (folder / "config.yaml").exists():
+        raise FileExistsError(f"{folder} has a run already. Go on with --resume, or choose another --name.")
 
 
 def _surroundings(folder: Path, callbacks: list[Callback]) -> dict[str, Any]:
@@ -158,6 +176,7 @@ def _settle_config(folder: Path, text: str, resume: bool) -> None:
                 "Resume with the same settings, or start another run with --name."
             )
         return
+    _refuse_another_run(folder)
     write_text(path, text)
 
 
@@ -171,10 +190,9 @@ def _settle_environment(folder: Path, now: dict[str, Any]) -> None:
     write_json(path, now)
 
 
-def _result(cli: LightningCLI, name: str, cost: Cost, metrics: dict[str, float]) -> dict[str, Any]:
-    task = cast(LongTailTask, cli.model)
-    network, facts = cast(nn.Module, task.network), task.facts
-    assert facts is not None  # set by setup()
+def _result(cli: LightningCLI, name: str, cost: Cost) -> dict[str, Any]:
+    task = cast(TaskModule, cli.model)
+    network = cast(nn.Module, task.network)
     module = sum(p.numel() for m in network.modules() if isinstance(m, BatchFormer) for p in m.parameters())
     total = sum(p.numel() for p in network.parameters())
     host = environment(str(cli.trainer.precision))
@@ -182,11 +200,11 @@ def _result(cli: LightningCLI, name: str, cost: Cost, metrics: dict[str, float])
         "recipe": name,
         "arm": task.plug_in.arm,
         "seed": task.seed,
-        "metrics": _fractions(metrics),
-        "per_class": [
-            {"name": label, "train_images": count, "accuracy": None if math.isnan(accuracy) else accuracy}
-            for label, count, accuracy in zip(facts.classes, facts.counts, task.per_class, strict=True)
-        ],
+        "primary": task.primary,
+        "metrics": _fractions(cli.trainer.callback_metrics),
+        "class_metric": task.class_metric,
+        "class_count": task.class_count,
+        "per_class": [{**asdict(entry), "value": _defined(entry.value)} for entry in task.class_results()],
         "cost": {
             "step_ms": cost.step_ms(),
             "peak_memory_mb": peak_memory_mb(cli.trainer.strategy.root_device),
@@ -197,18 +215,23 @@ def _result(cli: LightningCLI, name: str, cost: Cost, metrics: dict[str, float])
         },
         "selection": "last epoch",
         "split": "test",
+        "notes": task.notes(),
         "date": host["date"],
         "host": {**host["hardware"], "precision": host["precision"], "torch": host["versions"].get("torch")},
     }
 
 
-def _fractions(metrics: dict[str, float]) -> dict[str, float | None]:
-    named = {name.removeprefix("test_"): value for name, value in metrics.items() if name.startswith("test_")}
-    return {name: None if math.isnan(value) else value for name, value in named.items()}
+def _fractions(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    named = {name.removeprefix("test_"): float(value) for name, value in metrics.items() if name.startswith("test_")}
+    return {name: _defined(value) for name, value in named.items()}
+
+
+def _defined(value: float) -> float | None:
+    return None if math.isnan(value) else value  # strict JSON has no NaN
 
 
 def _words(cli: LightningCLI) -> str:
-    task = cast(LongTailTask, cli.model)
+    task = cast(TaskModule, cli.model)
     device = cli.trainer.strategy.root_device.type
     return f"{task.plug_in.arm}, seed {task.seed}, {device}, {cli.trainer.precision}, {torch.get_num_threads()} threads"
 
@@ -233,7 +256,7 @@ def quiet() -> None:
 
 def discard(folder: Path) -> None:
     """Remove the records of a run that never saved anything, so that it can be started afresh; nothing else there."""
-    if (folder / "checkpoints" / "last.ckpt").exists():
+    if _checkpoint(folder).exists():
         return
     for name in ("config.yaml", "environment.json", "metrics.csv"):
         (folder / name).unlink(missing_ok=True)

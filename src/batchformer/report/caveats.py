@@ -49,10 +49,10 @@ def _few_seeds(comparison: Comparison) -> list[str]:
 
 
 def run_caveats(runs: Sequence[Run]) -> list[str]:
-    """What differs between runs that stand in one table: hardware, precision, versions, training images."""
+    """What differs between runs that stand in one table: hardware, precision, versions, training data."""
     kinds: tuple[tuple[str, Callable[[Run], str], str], ...] = (
         ("hardware", hardware, "times are not comparable, and numbers may differ in the last digits"),
-        ("precision", precision, "accuracies and times of different precisions are not comparable without care"),
+        ("precision", precision, "results and times of different precisions are not comparable without care"),
         ("versions", lambda run: versions(run)[1], "differences between runs may come from the libraries"),
     )
     lines = []
@@ -63,9 +63,10 @@ def run_caveats(runs: Sequence[Run]) -> list[str]:
         if len(groups) > 1:
             listing = "; ".join(f"{value}: {_some(names)}" for value, names in groups.items())
             lines.append(f"Runs were made with different {what} ({listing}): {consequence}.")
-    counts = {tuple((entry.name, entry.train_images) for entry in sorted_classes(run)) for run in runs if run.per_class}
+    counts = {tuple((entry.name, entry.count) for entry in sorted_classes(run)): run for run in runs if run.per_class}
     if len(counts) > 1 and len({run.recipe for run in runs}) == 1:
-        lines.append("Training images per class differ between runs: the per-class table gives their mean.")
+        what = next(iter(counts.values())).class_count
+        lines.append(f"The {what} per class differ between runs: the per-class table gives their mean.")
     return lines
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["curve_columns", "plot_classes", "plot_curves", "plot_differences", "plot_groups"]
+__all__ = ["curve_columns", "has_groups", "plot_classes", "plot_curves", "plot_differences", "plot_groups"]
 
 _COLOURS = {
     "plain": "#4d4d4d",
@@ -109,10 +109,10 @@ def _difference_row(ax: "Axes", row: int, difference: PairedDifference, colour: 
 
 
 def plot_classes(comparison: Comparison) -> tuple["Figure", "Axes"]:
-    """Accuracy per class of plain and +BatchFormer over the training images per class, the most frequent class first.
+    """The metric of each class, of plain and +BatchFormer, over its training data, the most frequent class first.
 
     Returns:
-        The figure, and the axes of the accuracies; the axes of the image counts are ``fig.axes[1]``.
+        The figure, and the axes of the metric; the axes of the counts are ``fig.axes[1]``.
 
     Raises:
         ReportError: No run of either arm holds per-class results.
@@ -128,35 +128,34 @@ def plot_classes(comparison: Comparison) -> tuple["Figure", "Axes"]:
     many = len(lines) > 30
     for arm in arms:
         colour, marker = _colour(comparison, arm), _MARKERS[arm]
-        mean = 100 * np.array([line.accuracy[arm].mean for line in lines])
+        mean = 100 * np.array([line.value[arm].mean for line in lines])
         if many:  # single classes are noise for the eye: draw them faint, and their running mean on top
             ax.plot(ranks, mean, marker, color=colour, alpha=0.25, markersize=3, markeredgewidth=0)
             ax.plot(ranks, _running_mean(mean, max(3, len(lines) // 20)), color=colour, linewidth=2, label=arm)
         else:
-            sd = np.nan_to_num(100 * np.array([line.accuracy[arm].sd for line in lines]))
+            sd = np.nan_to_num(100 * np.array([line.value[arm].sd for line in lines]))
             shift = -0.1 if arm == BASELINE else 0.1
             ax.errorbar(ranks + shift, mean, sd, fmt=marker, color=colour, markersize=5, linewidth=1.2, label=arm)
-    ax.set_ylabel(
-        "test accuracy (%)\nmean ± deviation over seeds" if not many else "test accuracy (%)\nclass; running mean"
-    )
+    spread = "class; running mean" if many else "mean ± deviation over seeds"
+    ax.set_ylabel(f"test {label(comparison.class_metric)} (%)\n{spread}")
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False, fontsize=9, borderaxespad=0.2)
-    images = [line.train_images for line in lines]
+    images = [line.count for line in lines]
     if many:
         counts.fill_between(ranks, images, color="#bdbdbd")
     else:
         counts.bar(ranks, images, 0.9, color="#bdbdbd")
     counts.set_yscale("log")
-    counts.set_ylim(bottom=max(0.5, 0.5 * min(images)), top=2.5 * max(images))
-    counts.set_ylabel("training images\nper class")
+    counts.set_ylim(bottom=max(0.5, 0.5 * min(images)), top=2.5 * max(1, *images))
+    counts.set_ylabel(f"{comparison.class_count}\nper class")
     for axes in (ax, counts):
         _plain_axes(axes)
-    _class_ticks(counts, [line.name for line in lines], images)
+    _class_ticks(counts, [line.name for line in lines], images, comparison.class_count)
     return fig, ax
 
 
-def _class_ticks(ax: "Axes", names: Sequence[str], images: Sequence[float]) -> None:
+def _class_ticks(ax: "Axes", names: Sequence[str], images: Sequence[float], sorted_by: str) -> None:
     if len(names) > 30:
-        ax.set_xlabel(f"{len(names)} classes, sorted by training images")
+        ax.set_xlabel(f"{len(names)} classes, sorted by {sorted_by}")
         return
     for rank, count in enumerate(images):
         ax.annotate(f"{count:g}", (rank, count), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=7)
@@ -169,7 +168,7 @@ def _class_ticks(ax: "Axes", names: Sequence[str], images: Sequence[float]) -> N
         ha="center" if upright else "right",
         rotation_mode="anchor",
     )
-    ax.set_xlabel("class, sorted by training images")
+    ax.set_xlabel(f"class, sorted by {sorted_by}")
 
 
 def _running_mean(values: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]", window: int) -> list[float]:
@@ -179,14 +178,12 @@ def _running_mean(values: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]", w
 
 
 def curve_columns(comparison: Comparison) -> list[str]:
-    """The columns of ``metrics.csv`` worth a plot that the runs have: the training loss and the primary metric."""
+    """The columns of ``metrics.csv`` worth a plot that the runs have: the primary metric and the training loss."""
     names: dict[str, None] = {}
     for run in comparison.runs:
         if (run.path / "metrics.csv").is_file():
             names.update(dict.fromkeys(read_curves(run.path)))
-    loss = [name for name in names if "train" in name and name.endswith(("loss", "loss_epoch"))]
-    measured = [name for name in names if name.endswith(comparison.primary) and "train" not in name]
-    return loss[:1] + measured[:1]
+    return [name for name in (f"val_{comparison.primary}", "train_loss") if name in names]
 
 
 def plot_curves(comparison: Comparison, column: str = "train_loss") -> tuple["Figure", "Axes"]:
@@ -270,21 +267,40 @@ def _bottom(cluster: Sequence[float], step: float) -> float:
     return sum(cluster) / len(cluster) - step * (len(cluster) - 1) / 2
 
 
+_GROUPS = {
+    "many": "many-shot classes",
+    "medium": "medium-shot classes",
+    "few": "few-shot classes",
+    "APS": "small objects",
+    "APM": "medium objects",
+    "APL": "large objects",
+    "PQ_things": "things",
+    "PQ_stuff": "stuff",
+}
+"""Metrics that are the primary one on a part of the classes or objects."""
+
+
+def _groups(comparison: Comparison) -> list[str]:
+    arms = _arms(comparison)
+    return [name for name in _GROUPS if any(summarize([*comparison.values(arm, name).values()]).n for arm in arms)]
+
+
+def has_groups(comparison: Comparison) -> bool:
+    """Whether :func:`plot_groups` has something to show."""
+    return bool(_groups(comparison))
+
+
 def plot_groups(comparison: Comparison) -> tuple["Figure", "Axes"]:
-    """Accuracy of many-, medium- and few-shot classes: a bar per arm, a dot per seed.
+    """The primary metric on groups of classes or objects (many, medium, few): a bar per arm, a dot per seed.
 
     Raises:
-        ReportError: No run has these metrics.
+        ReportError: No run has such metrics.
         ImportError: matplotlib is not installed.
     """
     arms = _arms(comparison)
-    groups = [
-        name
-        for name in ("many", "medium", "few")
-        if any(summarize([*comparison.values(arm, name).values()]).n for arm in arms)
-    ]
+    groups = _groups(comparison)
     if not groups:
-        raise ReportError("Expected the metrics many, medium or few in the results, found none of them.")
+        raise ReportError(f"Expected metrics of groups such as {', '.join(_GROUPS)} in the results, found none.")
     fig = _figure(max(5.5, 2.2 + 0.5 * len(groups) * (len(arms) + 1)), 4.2)
     ax = fig.subplots()
     width = 0.86 / len(arms)
@@ -301,9 +317,9 @@ def plot_groups(comparison: Comparison) -> tuple["Figure", "Axes"]:
             ax.annotate(
                 f"{mean:.1f}", (x, max(values)), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=7.5
             )
-    ax.set_xticks(range(len(groups)), [f"{group}-shot classes" for group in groups])
+    ax.set_xticks(range(len(groups)), [_GROUPS[group] for group in groups])
     ax.tick_params(axis="x", length=0)
-    ax.set_ylabel("test accuracy (%)")
+    ax.set_ylabel(f"test {label(comparison.primary)} (%)")
     _plain_axes(ax)
     fig.legend(loc="outside upper left", ncols=min(len(arms), 6), frameon=False, fontsize=9)
     return fig, ax

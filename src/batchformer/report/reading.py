@@ -111,6 +111,9 @@ def read_run(folder: Path) -> Run | LeftOut:
             metrics=_numbers(result["metrics"]),
             per_class=tuple(_class_result(entry) for entry in result.get("per_class") or ()),
             cost=_numbers(result.get("cost") or {}),
+            class_metric=str(result.get("class_metric", "accuracy")),
+            class_count=str(result.get("class_count", "training images")),
+            notes=tuple(str(note) for note in result.get("notes") or ()),
             selection=str(result.get("selection", "not recorded")),
             split=str(result.get("split", "not recorded")),
             date=str(result.get("date", "")),
@@ -158,7 +161,7 @@ def _numbers(mapping: Mapping[str, object]) -> dict[str, float]:
 
 
 def _class_result(entry: Mapping[str, Any]) -> ClassResult:
-    return ClassResult(str(entry["name"]), int(entry["train_images"]), _number(entry["accuracy"], "accuracy"))
+    return ClassResult(str(entry["name"]), int(entry["count"]), _number(entry["value"], "value"))
 
 
 def read_curves(folder: Path) -> dict[str, dict[int, float]]:

@@ -56,5 +56,6 @@ def class_rows(found: Found) -> list[dict[str, Cell]]:
     for where, run in runs:
         who: dict[str, Cell] = {"comparison": where, "recipe": run.recipe, "arm": run.arm, "seed": run.seed}
         for entry in run.per_class:
-            rows.append({**who, "class": entry.name, "train_images": entry.train_images, "accuracy": entry.accuracy})
+            named: dict[str, Cell] = {"class": entry.name, run.class_count.replace(" ", "_"): entry.count}
+            rows.append({**who, **named, run.class_metric: entry.value})
     return rows

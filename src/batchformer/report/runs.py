@@ -27,7 +27,11 @@ __all__ = [
 BASELINE = "plain"
 TREATMENT = "batchformer"
 
-_METRIC_ORDER = ("top1", "top5", "many", "medium", "few", "macro_f1", "ece")
+_METRIC_ORDER = (
+    *("top1", "top5", "many", "medium", "few", "macro_f1", "ece"),
+    *("AP", "AP50", "AP75", "APS", "APM", "APL"),
+    *("PQ", "SQ", "RQ", "PQ_things", "SQ_things", "RQ_things", "PQ_stuff", "SQ_stuff", "RQ_stuff", "mask_AP"),
+)
 _LOWER_IS_BETTER = ("ece", "loss", "error")
 
 
@@ -37,11 +41,17 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class ClassResult:
-    """One class of a run: its name, its number of training images, its accuracy (0..1; NaN without test images)."""
+    """One class of a run.
+
+    Attributes:
+        name: Of the class.
+        count: How much the training data has of it, in ``Run.class_count``.
+        value: ``Run.class_metric``, 0..1; NaN where there is nothing to measure.
+    """
 
     name: str
-    train_images: int
-    accuracy: float
+    count: int
+    value: float
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,8 @@ class Run:
         metrics: Name -> fraction 0..1; NaN where undefined (an empty group of classes).
         per_class: One entry per class, in the order of the file.
         cost: Name -> number (``step_ms``, ``peak_memory_mb``, ``parameters_train``, ...).
+        class_metric, class_count: What the values and counts of ``per_class`` are.
+        notes: What the task says of the run.
         selection, split, date: Which checkpoint was tested, on what, when.
         host: Machine as the result tells it.
         environment: Content of ``environment.json``; empty when the file is absent.
@@ -67,6 +79,9 @@ class Run:
     metrics: Mapping[str, float]
     per_class: tuple[ClassResult, ...] = ()
     cost: Mapping[str, float] = field(default_factory=dict)
+    class_metric: str = "accuracy"
+    class_count: str = "training images"
+    notes: tuple[str, ...] = ()
     selection: str = "not recorded"
     split: str = "not recorded"
     date: str = ""
@@ -124,8 +139,20 @@ class Comparison:
     def metric_names(self) -> tuple[str, ...]:
         """All metrics of the runs, the primary one first, then in the usual order."""
         names = {name for run in self.runs for name in run.metrics}
-        known = [name for name in _METRIC_ORDER if name in names]
+        # Then the same metrics on a further test set, as `unseen_AP`.
+        order = [*_METRIC_ORDER, *(f"unseen_{name}" for name in _METRIC_ORDER)]
+        known = [name for name in order if name in names]
         return tuple(dict.fromkeys([self.primary, *known, *sorted(names - set(known))]))
+
+    @property
+    def class_metric(self) -> str:
+        """What is measured for each class."""
+        return next((run.class_metric for run in self.runs if run.per_class), "value")
+
+    @property
+    def class_count(self) -> str:
+        """What the training data of each class is counted in."""
+        return next((run.class_count for run in self.runs if run.per_class), "count")
 
     @property
     def controls(self) -> tuple[str, ...]:

@@ -24,15 +24,23 @@ __all__ = [
 ]
 
 _NONE = "n/a"
-_METRIC_LABELS = {"top1": "top-1", "top5": "top-5", "macro_f1": "macro F1", "ece": "ECE"}
+_METRIC_LABELS = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "macro_f1": "macro F1",
+    "ece": "ECE",
+    "APS": "AP small",
+    "APM": "AP medium",
+    "APL": "AP large",
+}
 
 
 def label(metric: str) -> str:
     """How a metric is called in tables and plots.
 
     Example:
-        >>> label("top1"), label("val_macro_f1"), label("train_loss")
-        ('top-1', 'val macro F1', 'train loss')
+        >>> label("top1"), label("val_macro_f1"), label("train_loss"), label("unseen_APS"), label("PQ_things")
+        ('top-1', 'val macro F1', 'train loss', 'unseen AP small', 'PQ things')
     """
     for name, text in _METRIC_LABELS.items():
         if metric == name or metric.endswith(f"_{name}"):
@@ -173,27 +181,27 @@ def _step_ratio(comparison: Comparison, arm: str) -> str:
 @dataclass(frozen=True)
 class _ClassLine:
     name: str
-    train_images: float
-    accuracy: dict[str, Summary]  # by arm
+    count: float
+    value: dict[str, Summary]  # by arm
 
 
 def class_lines(comparison: Comparison, arms: Sequence[str]) -> list[_ClassLine]:
-    """Per class the mean accuracy of each arm over its seeds; classes by training images, the most first."""
-    images: dict[str, list[int]] = {}
-    accuracy: dict[str, dict[str, list[float]]] = {}
+    """Per class the mean value of each arm over its seeds; the classes with most training data first."""
+    counts: dict[str, list[int]] = {}
+    values: dict[str, dict[str, list[float]]] = {}
     for run in comparison.runs:
         for entry in run.per_class:
-            images.setdefault(entry.name, []).append(entry.train_images)
-            accuracy.setdefault(entry.name, {}).setdefault(run.arm, []).append(entry.accuracy)
+            counts.setdefault(entry.name, []).append(entry.count)
+            values.setdefault(entry.name, {}).setdefault(run.arm, []).append(entry.value)
     lines = [
-        _ClassLine(name, sum(counts) / len(counts), {arm: summarize(accuracy[name].get(arm, [])) for arm in arms})
-        for name, counts in images.items()
+        _ClassLine(name, sum(found) / len(found), {arm: summarize(values[name].get(arm, [])) for arm in arms})
+        for name, found in counts.items()
     ]
-    return sorted(lines, key=lambda line: -line.train_images)
+    return sorted(lines, key=lambda line: -line.count)
 
 
 def per_class_table(comparison: Comparison, limit: int = 40) -> Table:
-    """Accuracy per class of plain and +BatchFormer.
+    """The metric of each class, of plain and +BatchFormer.
 
     Args:
         comparison: Runs without per-class results are passed over.
@@ -209,16 +217,17 @@ def per_class_table(comparison: Comparison, limit: int = 40) -> Table:
     rows = []
     for line in shown:
         change = points(_change(line)) if math.isfinite(_change(line)) else _NONE
-        cells = [percent(line.accuracy[arm]) for arm in arms]
-        rows.append((line.name, f"{line.train_images:g}", *cells, *([change] if len(arms) == 2 else [])))
-    columns = ("class", "training images", *arms, *(["difference"] if len(arms) == 2 else []))
-    return Table("Accuracy per class", columns, tuple(rows), tuple(notes))
+        cells = [percent(line.value[arm]) for arm in arms]
+        rows.append((line.name, f"{line.count:g}", *cells, *([change] if len(arms) == 2 else [])))
+    columns = ("class", comparison.class_count, *arms, *(["difference"] if len(arms) == 2 else []))
+    metric = label(comparison.class_metric)
+    return Table(f"{metric[0].upper()}{metric[1:]} per class", columns, tuple(rows), tuple(notes))
 
 
 def _change(line: _ClassLine) -> float:
-    if BASELINE not in line.accuracy or TREATMENT not in line.accuracy:
+    if BASELINE not in line.value or TREATMENT not in line.value:
         return math.nan
-    return line.accuracy[TREATMENT].mean - line.accuracy[BASELINE].mean
+    return line.value[TREATMENT].mean - line.value[BASELINE].mean
 
 
 def runs_table(runs: Sequence[Run]) -> Table:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from . import plots, records, tables
 from .caveats import caveats, hardware, left_out_lines, precision, run_caveats, versions
+from .convergence import convergence_sentence, convergence_table
+from .pictures import picture_table
 from .reading import find_runs
 from .render import Table, to_csv, to_markdown
 from .runs import Comparison, Found, ReportError, Run
@@ -81,7 +83,7 @@ def write_report(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
     for comparison, prefix in zip(found.comparisons, _prefixes(found.comparisons), strict=True):
         pictures = _write_plots(comparison, folder, prefix, notes)
         written += pictures
-        parts.append(_comparison_section(comparison, pictures))
+        parts.append(_comparison_section(comparison, pictures, folder, notes))
     if found.runs:
         parts.append(_runs_section(found.runs))
     if found.left_out:
@@ -126,13 +128,13 @@ def _prefixes(comparisons: Sequence[Comparison]) -> list[str]:
 def _write_plots(comparison: Comparison, folder: Path, prefix: str, notes: list[str]) -> list[Path]:
     drawings: list[tuple[str, Draw]] = [
         ("differences", plots.plot_differences),
-        ("groups", plots.plot_groups),
+        *([("groups", plots.plot_groups)] if plots.has_groups(comparison) else []),
         ("classes", plots.plot_classes),
     ]
     try:
         for column in plots.curve_columns(comparison):
-            name = re.sub(r"[^\w-]+", "-", column)
-            drawings.append((f"curve-{name}", partial(plots.plot_curves, column=column)))
+            name = "loss" if column == "train_loss" else "curves"
+            drawings.append((name, partial(plots.plot_curves, column=column)))
     except (ReportError, ValueError) as error:
         notes.append(f"No training curves of {comparison.path}: {error}")
     pictures = []
@@ -167,7 +169,7 @@ def _header(paths: Sequence[str | os.PathLike[str]], found: Found) -> str:
     return f"# Report: {', '.join(recipes)}\n\nWritten {date} by `{command}`.\n"
 
 
-def _comparison_section(comparison: Comparison, pictures: Sequence[Path]) -> str:
+def _comparison_section(comparison: Comparison, drawn: Sequence[Path], folder: Path, notes: list[str]) -> str:
     parts = [f"## {comparison.recipe}\n", _bullets(conclusions(comparison))]
     main = tables.main_table(comparison)
     parts.append(f"{to_markdown(main)}\n{multiple_comparisons(comparison)}\n")
@@ -178,15 +180,27 @@ def _comparison_section(comparison: Comparison, pictures: Sequence[Path]) -> str
         parts.append(_section(tables.difference_table(comparison)))
     if comparison.controls:
         parts.append(_section(tables.controls_table(comparison)))
+    parts += _convergence_section(comparison, notes)
     parts.append("### What the arms are\n\n" + _bullets(_arm_lines(comparison)))
     parts.append(_section(tables.cost_table(comparison)))
     if any(run.per_class for run in comparison.runs):
         parts.append(_section(tables.per_class_table(comparison)))
-    if pictures:
-        links = "\n\n".join(f"![{path.stem}]({path.name})" for path in pictures)
+    if drawn:
+        links = "\n\n".join(f"![{path.stem}]({path.name})" for path in drawn)
         parts.append(f"### Plots\n\n{links}\n")
+    if (shown := picture_table(comparison, folder)) is not None:
+        parts.append(f"### Pictures\n\n{shown}")
     parts.append("### How it was made\n\n" + _bullets(_provenance(comparison.runs, comparison)))
     return "\n".join(parts)
+
+
+def _convergence_section(comparison: Comparison, notes: list[str]) -> list[str]:
+    try:
+        table, sentence = convergence_table(comparison), convergence_sentence(comparison)
+    except (ReportError, ValueError) as error:
+        notes.append(f"Nothing on the way through the epochs of {comparison.path}: {error}")
+        return []
+    return [] if table is None else [_section(table) + (f"\n{sentence}\n" if sentence else "")]
 
 
 def _arm_lines(comparison: Comparison) -> list[str]:
@@ -223,6 +237,7 @@ def _provenance(runs: Sequence[Run], comparison: Comparison | None = None) -> li
         ("Versions", lambda run: versions(run)[1]),
         ("Code", lambda run: str(run.environment.get("git") or "not recorded")),
     )
+    lines += [f"Note: {note}" for note in dict.fromkeys(note for run in runs for note in run.notes)]
     for name, read in facts:
         lines.append(f"{name}: {'; '.join(dict.fromkeys(read(run) for run in runs)) or 'no finished run'}")
     return lines

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from batchformer.tasks.training.contract import Exportable
+
 from .decoupled import learn_weight_scale, retrain_classifier, tau_normalize
 from .model import LongTailNetwork, build_model
 from .paco import PaCo
@@ -121,3 +123,36 @@ def load_network(run: str | Path) -> Restored:
     state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     network.load_state_dict({k: v for k, v in state.items() if not k.startswith("batchformer.")})
     return Restored(network.eval(), facts, settings)
+
+
+class _Logits(nn.Module):
+    """Logits of the plain network, (N, K), whatever the number of experts."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = self.network(images)
+        return logits.mean(dim=1) if logits.dim() == 3 else logits  # type: ignore[no-any-return]
+
+
+def exportable(run: Path) -> Exportable:
+    """The plain network of a run for safetensors and ONNX; of PaCo the encoder and the classifier that are tested."""
+    restored, facts, settings = load_network(run)
+    network = restored.plain() if isinstance(restored, PaCo) else restored
+    refusal = None
+    if isinstance(network, RoutedExperts):
+        refusal = (
+            "Expected a network that does the same for every image, got routed experts, which ONNX cannot say. Give "
+            "--format=safetensors, or export the run of the first stage, which asks all experts."
+        )
+    return Exportable(
+        network,
+        _Logits(network).eval(),
+        inputs=(torch.zeros(2, facts.in_channels, facts.image_size, facts.image_size),),
+        input_names=("images",),
+        output_names=("logits",),
+        facts={"network": asdict(settings), **asdict(facts), "input": "(image / 255 - mean) / std"},
+        onnx_refusal=refusal,
+    )

@@ -17,8 +17,9 @@ The run folder is ``trainer.default_root_dir``. A task may add files there: ``pr
 ``predict(run: Path, images: Sequence[Path], out: Path, *, threshold: float = ...) -> list[Path]`` (the files written).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -100,6 +101,7 @@ class Exportable:
         facts: For ``model.json``: classes, input size and normalisation, settings.
         dynamic_batch: Whether the ONNX file takes any number of samples.
         onnx_refusal: Why there can be no ONNX file, as a message for the user; ``None`` where there can.
+        more: Writes further files into the folder, such as transformers' ``config.json``, and returns their paths.
     """
 
     network: nn.Module
@@ -110,3 +112,4 @@ class Exportable:
     facts: dict[str, Any] = field(default_factory=dict)
     dynamic_batch: bool = True
     onnx_refusal: str | None = None
+    more: Callable[[Path], Sequence[Path]] | None = None

@@ -1,0 +1,36 @@
+"""What the plain network of a run sees in images that nobody labelled."""
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from .config import run_part
+
+
+def predict(run: Path, images: Sequence[Path], out: Path, **options: Any) -> list[Path]:
+    """Predict on image files.
+
+    Args:
+        run: Run folder.
+        images: Image files.
+        out: Folder for the results; made if absent.
+        options: Of the task's own ``predict``, for example ``threshold``.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FileNotFoundError: When it is no run folder, or has no checkpoint.
+        ValueError: For no images, and for an option that the task has not.
+        ImportError: When a package is missing; names the extra.
+    """
+    function = run_part(run, "predict").predict
+    known = inspect.signature(function).parameters
+    if unknown := [name for name in options if name not in known]:
+        named = ", ".join(f"--{name}" for name in unknown)
+        raise ValueError(f"Expected options that predictions of this task have, got {named}. Leave it out.")
+    if not images:
+        raise ValueError("Expected at least one image to predict on, got none.")
+    out.mkdir(parents=True, exist_ok=True)
+    return cast(list[Path], function(run, list(images), out, **options))
