@@ -1,0 +1,173 @@
+"""transformers' detectors, unedited, with our criterion: their own ``labels=`` path computes it.
+
+Works for what calls ``self.loss_function(logits, labels, device, boxes, [masks,] config, layers' logits and boxes)``:
+DETR, Conditional DETR, Deformable DETR and DETR for segmentation in transformers 4.57 to 5, and SMCA here.
+
+What differs between their losses and the publications (``criterion_for`` follows transformers):
+
+- the class term weighs 1 in transformers' total whatever ``cls_loss_coefficient`` says; published is 2 (focal kind);
+- the focal kind is matched with alpha 0.25 and gamma 2 whatever ``focal_alpha`` says; so is it here;
+- two-stage Deformable DETR gets no loss on its encoder's proposals in transformers; here it does, as published.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .losses import LossWeights, SetCriterion, SetOutputs
+from .matching import MatchCosts
+
+__all__ = ["Installed", "criterion_for", "set_outputs", "use_criterion"]
+
+
+def criterion_for(model: nn.Module, **changes: Any) -> SetCriterion:
+    """The criterion that a model of transformers has by its configuration, with transformers' own weights.
+
+    Args:
+        model: A detector with ``config``: kind ("focal" where it has ``focal_alpha``), classes, costs and coefficients.
+        changes: Arguments of :class:`SetCriterion` that replace what the configuration says.
+
+    Example:
+        >>> from transformers import DeformableDetrConfig
+        >>> model = nn.Module()
+        >>> model.config = DeformableDetrConfig(num_labels=7)
+        >>> criterion_for(model).kind, criterion_for(model, weights=LossWeights(class_=2.0)).weights.class_
+        ('focal', 2.0)
+    """
+    config: Any = model.config
+    focal = hasattr(config, "focal_alpha")
+    costs = MatchCosts("focal" if focal else "softmax", config.class_cost, config.bbox_cost, config.giou_cost)
+    weights = LossWeights(
+        l1=config.bbox_loss_coefficient,
+        giou=config.giou_loss_coefficient,
+        mask=getattr(config, "mask_loss_coefficient", 1.0),
+        dice=getattr(config, "dice_loss_coefficient", 1.0),
+    )
+    of_kind = {"alpha": config.focal_alpha} if focal else {"eos": config.eos_coefficient}
+    own = {"num_classes": config.num_labels, "kind": costs.kind, "weights": weights, "costs": costs, **of_kind}
+    return SetCriterion(**{**own, **changes})
+
+
+def set_outputs(output: Any) -> SetOutputs:
+    """What a transformers detector returned, as :class:`SetOutputs`.
+
+    Args:
+        output: The model's output object. Earlier decoder layers are in it (``auxiliary_outputs``) if the model was
+            given ``labels`` and ``config.auxiliary_loss`` is set.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> output = SimpleNamespace(logits=torch.zeros(2, 5, 4), pred_boxes=torch.zeros(2, 5, 4))
+        >>> set_outputs(output).logits_LNQK.shape
+        torch.Size([1, 2, 5, 4])
+    """
+    layers = [(early["logits"], early["pred_boxes"]) for early in getattr(output, "auxiliary_outputs", None) or []]
+    logits, boxes = zip(*layers, (output.logits, output.pred_boxes), strict=True)
+    proposals = getattr(output, "enc_outputs_coord_logits", None)
+    return SetOutputs(
+        torch.stack(logits),
+        torch.stack(boxes),
+        getattr(output, "pred_masks", None),
+        getattr(output, "enc_outputs_class", None),
+        None if proposals is None else proposals.sigmoid(),
+    )
+
+
+def use_criterion(model: nn.Module, criterion: SetCriterion | None = None) -> "Installed":
+    """Let ``model(pixel_values, pixel_mask, labels=labels)`` compute ``criterion``; nothing else changes.
+
+    The model's output has our ``loss`` and ``loss_dict`` (terms without their weights). With BatchFormer inserted, give
+    the labels of the images: the insertion doubles them.
+
+    Args:
+        model: A detector of transformers, or SMCA.
+        criterion: As :func:`criterion_for` where it is ``None``.
+
+    Returns:
+        What is installed: ``criterion``, and ``remove()`` for the way back.
+
+    Raises:
+        ValueError: For a model that calls no ``loss_function``, or has a criterion installed.
+
+    Example:
+        >>> from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection, ResNetConfig
+        >>> small = dict(d_model=16, num_queries=5, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=16,
+        ...              decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2, num_labels=3)
+        >>> backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], out_features=["stage1"])
+        >>> config = ConditionalDetrConfig(use_timm_backbone=False, backbone=None, backbone_config=backbone, **small)
+        >>> model = ConditionalDetrForObjectDetection(config)
+        >>> installed = use_criterion(model)
+        >>> target = {"class_labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.5, 0.5]])}
+        >>> output = model(torch.randn(1, 3, 32, 32), labels=[target])
+        >>> bool(output.loss > 0), installed.criterion.kind
+        (True, 'focal')
+        >>> installed.remove()
+    """
+    if not hasattr(type(model), "loss_function"):
+        raise ValueError(f"Expected a detector of transformers with a loss_function, got {type(model).__name__}.")
+    if isinstance(getattr(model, "_loss_function", None), Installed):
+        raise ValueError("Expected a model without an installed criterion. remove() the one that is there first.")
+    return Installed(model, criterion or criterion_for(model))
+
+
+class Installed:
+    """Stands in for a model's ``loss_function``; see :func:`use_criterion`.
+
+    Attributes:
+        criterion: Replace it to change the loss of a model that has it installed.
+    """
+
+    def __init__(self, model: nn.Module, criterion: SetCriterion) -> None:
+        self.criterion = criterion
+        self._model = model
+        self._before = model.__dict__.get("_loss_function")
+        self._proposals: tuple[Tensor, Tensor] | None = None
+        self._hooks: list[Any] = []
+        config: Any = model.config
+        if getattr(config, "two_stage", False):
+            # The model calls its loss without the encoder's proposals: they are taken when its inner model returns.
+            inner: Any = model.base_model
+            self._hooks = [inner.register_forward_hook(self._keep), model.register_forward_hook(self._forget)]
+        model.loss_function = self  # type: ignore[assignment]
+
+    def remove(self) -> None:
+        """Give the model the loss that it had."""
+        if self._model.__dict__.get("_loss_function") is not self:
+            raise RuntimeError("This criterion was removed before. Call use_criterion() again to install one.")
+        for hook in self._hooks:
+            hook.remove()
+        del self._model._loss_function
+        if self._before is not None:
+            self._model.loss_function = self._before
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Sequence[Mapping[str, Any]],
+        device: Any,
+        pred_boxes: Tensor,
+        *rest: Any,
+        **named: Any,
+    ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]] | None]:
+        """What transformers' loss functions take and return."""
+        masks = rest[0] if isinstance(rest[0], Tensor) else None
+        config, *layers = rest[masks is not None :]
+        early = None
+        logits_LNQK, boxes_LNQ4 = logits[None], pred_boxes[None]
+        if config.auxiliary_loss:
+            logits_LNQK, boxes_LNQ4 = layers
+            early = [{"logits": a, "pred_boxes": b} for a, b in zip(layers[0][:-1], layers[1][:-1], strict=True)]
+        proposals = self._proposals or (None, None)
+        found = self.criterion(SetOutputs(logits_LNQK, boxes_LNQ4, masks, *proposals), labels)
+        return found.pop("loss"), found, early
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        classes, boxes = (
+            output[-2:] if isinstance(output, tuple) else (output.enc_outputs_class, output.enc_outputs_coord_logits)
+        )
+        self._proposals = classes, boxes.sigmoid()
+
+    def _forget(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._proposals = None

@@ -1,0 +1,282 @@
+"""Which prediction answers for which target: the assignment of least cost, for every layer and row of a step at once.
+
+Axis letters: L decoder layers, N rows (images; both streams' with BatchFormer), Q queries, K classes (of the softmax
+kind with "no object" last), M targets of all rows, one row after the other, P matched pairs of one layer.
+
+The cost of a pair is formed for an image's own targets only, (L, M, Q), never (N Q, M). It is computed where the
+predictions are and goes to the host in one transfer, together with what says whether predictions and targets are sound.
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import boxes
+
+__all__ = ["Kind", "MatchCosts", "Matches", "Stage", "Targets", "match", "match_stages", "pack", "pair_costs"]
+
+Kind = Literal["softmax", "focal"]
+# A row whose predictions are larger is as lost as one with NaN; below it no cost overflows.
+_LIMIT = 1e12
+
+
+@dataclass(frozen=True)
+class MatchCosts:
+    """Weights of the terms of a pair's cost.
+
+    Attributes:
+        kind: "softmax": classes and "no object" exclude each other, the cost is minus the probability of the target's
+            class (DETR). "focal": each class has its sigmoid, the cost is the focal loss of a hit less that of a miss
+            (Deformable DETR, Conditional DETR, SMCA).
+        class_: Weight of the class cost. Published: 1 for "softmax", 2 for "focal".
+        l1: Weight of the L1 distance of boxes in centre format.
+        giou: Weight of minus their generalised IoU.
+        alpha: Focal weight of a hit, 0..1.
+        gamma: Focal exponent.
+
+    Raises:
+        ValueError: For another kind, or when every weight is 0.
+    """
+
+    kind: Kind = "softmax"
+    class_: float = 1.0
+    l1: float = 5.0
+    giou: float = 2.0
+    alpha: float = 0.25
+    gamma: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("softmax", "focal"):
+            raise ValueError(f"Expected kind 'softmax' or 'focal', got {self.kind!r}.")
+        if self.class_ == self.l1 == self.giou == 0:
+            raise ValueError("Expected a cost that is not 0, got class_=0, l1=0 and giou=0: any pair is as good.")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The targets of all rows in one list.
+
+    Attributes:
+        labels_M: Class indices.
+        boxes_M4: Centre format, in shares of the image.
+        rows_M: The row that each belongs to, ascending.
+        sizes: Targets of each row, on the host.
+    """
+
+    labels_M: Tensor
+    boxes_M4: Tensor
+    rows_M: Tensor
+    sizes: tuple[int, ...]
+
+
+class Matches(NamedTuple):
+    """Matched pairs; every layer has as many, since a row has min(Q, its targets) of them.
+
+    Attributes:
+        rows_P: Row of each pair, the same in every layer.
+        queries_LP: Which query of that row.
+        targets_LP: Which of the M targets.
+    """
+
+    rows_P: Tensor
+    queries_LP: Tensor
+    targets_LP: Tensor
+
+    def of(self, predictions_LNQX: Tensor) -> Tensor:
+        """The matched predictions, (L, P, ...)."""
+        layers = torch.arange(len(self.queries_LP), device=self.rows_P.device)[:, None]
+        return predictions_LNQX[layers, self.rows_P, self.queries_LP]
+
+
+class Stage(NamedTuple):
+    """Predictions of the same queries by L layers, and what they are matched with."""
+
+    logits_LNQK: Tensor
+    boxes_LNQ4: Tensor
+    targets: Targets
+
+
+def pack(targets: Sequence[Mapping[str, Any]], like: Tensor) -> Targets:
+    """Join the targets of all rows.
+
+    Args:
+        targets: For each row ``class_labels`` (T,) and ``boxes`` (T, 4), T from 0 up; transformers' labels.
+        like: Gives the device and the floating type.
+
+    Raises:
+        ValueError: When a row lacks either, or has other shapes.
+
+    Example:
+        >>> one = {"class_labels": torch.tensor([3]), "boxes": torch.tensor([[0.5, 0.5, 1.0, 1.0]])}
+        >>> none = {"class_labels": torch.tensor([], dtype=torch.int64), "boxes": torch.zeros(0, 4)}
+        >>> packed = pack([one, none, one], torch.zeros(()))
+        >>> packed.rows_M.tolist(), packed.sizes
+        ([0, 2], (1, 0, 1))
+    """
+    for row, target in enumerate(targets):
+        if missing := {"class_labels", "boxes"} - set(target):
+            raise ValueError(f"Expected class_labels and boxes for every row, got none of {missing} in row {row}.")
+        labels, box = target["class_labels"], target["boxes"]
+        if labels.dim() != 1 or box.shape != (len(labels), 4):
+            raise ValueError(
+                f"Expected class_labels (T,) and boxes (T, 4), got {tuple(labels.shape)} and {tuple(box.shape)} in row "
+                f"{row}. An image without objects has shapes (0,) and (0, 4)."
+            )
+    sizes = tuple(len(target["class_labels"]) for target in targets)
+    labels_M = torch.cat([target["class_labels"] for target in targets])
+    boxes_M4 = torch.cat([target["boxes"] for target in targets])
+    rows_M = _upload(np.repeat(np.arange(len(sizes)), sizes), like.device)
+    return Targets(
+        labels_M.to(like.device, torch.int64, non_blocking=True),
+        boxes_M4.to(like.device, like.dtype, non_blocking=True),
+        rows_M,
+        sizes,
+    )
+
+
+@torch.no_grad()
+def pair_costs(logits_LNQK: Tensor, boxes_LNQ4: Tensor, targets: Targets, costs: MatchCosts) -> Tensor:
+    """Cost of every query for every target of its own row, (L, M, Q).
+
+    Args:
+        logits_LNQK: Class logits; of the "softmax" kind the last one is "no object".
+        boxes_LNQ4: Centre format.
+        targets: Of N rows; labels beyond the range count as the nearest class here.
+        costs: Weights.
+
+    Source:
+        Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, section 3.1, equations 1 and 2; the
+        focal form is Deformable DETR's.
+    """
+    rows_M = targets.rows_M
+    labels_M = targets.labels_M.clamp(0, logits_LNQK.shape[-1] - 1)
+    if costs.kind == "softmax":
+        class_LMQ = -logits_LNQK.softmax(-1).transpose(2, 3)[:, rows_M, labels_M]
+    else:
+        hit = logits_LNQK.transpose(2, 3)[:, rows_M, labels_M].sigmoid()
+        miss = 1 - hit
+        # The 1e-8 is the published code's; in fp32 it is what keeps log(0) away.
+        class_LMQ = (1 - costs.alpha) * hit**costs.gamma * (miss + 1e-8).log()
+        class_LMQ -= costs.alpha * miss**costs.gamma * (hit + 1e-8).log()
+    # One plane for each coordinate, contiguous along Q: every operation below runs over whole vectors.
+    both = torch.cat((boxes_LNQ4, boxes.to_corners(boxes_LNQ4)), dim=-1).movedim(-1, 0).contiguous()
+    centers, corners = both.index_select(2, rows_M).movedim(0, -1).split(4, dim=-1)
+    own_M14 = targets.boxes_M4[:, None]
+    cost_LMQ = costs.class_ * class_LMQ
+    cost_LMQ += costs.l1 * (centers - own_M14).abs_().sum(-1)
+    cost_LMQ -= costs.giou * boxes.giou(corners, boxes.to_corners(own_M14))
+    return cost_LMQ
+
+
+def match(logits_LNQK: Tensor, boxes_LNQ4: Tensor, targets: Sequence[Mapping[str, Any]], costs: MatchCosts) -> Matches:
+    """Assign targets to queries at the least total cost, for each layer and row by itself.
+
+    With more targets than queries, every query gets a target and the rest stay without.
+
+    Args:
+        logits_LNQK: Class logits.
+        boxes_LNQ4: Centre format, in shares of the image.
+        targets: For each of N rows ``class_labels`` (T,) and ``boxes`` (T, 4).
+        costs: Weights.
+
+    Raises:
+        FloatingPointError: For predictions that are NaN, infinite or beyond 1e12.
+        ValueError: For labels out of range, and for target boxes that are not finite or have a negative side. A side of
+            0 is taken as it is.
+
+    Source:
+        DETR, equation 1; the solver is scipy's (Crouse 2016, a shortest augmenting path).
+
+    Example:
+        >>> logits = torch.tensor([[[[0.0, 9.0, 0.0], [9.0, 0.0, 0.0]]]])  # one layer, one row, two queries
+        >>> box = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
+        >>> target = {"class_labels": torch.tensor([0]), "boxes": box}
+        >>> match(logits, box.expand(1, 1, 2, 4), [target], MatchCosts()).queries_LP
+        tensor([[1]])
+    """
+    return match_stages([Stage(logits_LNQK, boxes_LNQ4, pack(targets, boxes_LNQ4))], costs)[0]
+
+
+@torch.no_grad()
+def match_stages(stages: Sequence[Stage], costs: MatchCosts) -> list[Matches]:
+    """As :func:`match`, for several stages (decoder, two-stage encoder) with one device-to-host transfer in all."""
+    parts = [part for stage in stages for part in (pair_costs(*stage, costs), *_faults(stage, costs.kind))]
+    host = torch.cat([part.flatten() for part in parts]).cpu().numpy()
+    arrays = iter(np.split(host, np.cumsum([part.numel() for part in parts])[:-1]))
+    found = []
+    for stage, (cost, lost, labels, sides) in zip(
+        stages, zip(arrays, arrays, arrays, arrays, strict=True), strict=True
+    ):
+        _raise_faults(stage, costs.kind, lost, labels, sides)
+        found.append(_assign(cost.reshape(len(stage.logits_LNQK), -1, stage.logits_LNQK.shape[2]), stage.targets))
+    return found
+
+
+def _assign(cost_LMQ: NDArray[Any], targets: Targets) -> Matches:
+    sizes, queries = np.array(targets.sizes, dtype=np.int64), cost_LMQ.shape[2]
+    starts = np.cumsum(sizes) - sizes
+    blocks = [cost_MQ[start : start + size] for cost_MQ in cost_LMQ for start, size in zip(starts, sizes, strict=True)]
+    of_row, queries_of = (
+        np.concatenate(found).reshape(len(cost_LMQ), -1) for found in zip(*_solve(blocks), strict=True)
+    )
+    rows = np.repeat(np.arange(len(sizes)), np.minimum(sizes, queries))
+    device = targets.rows_M.device
+    return Matches(_upload(rows, device), _upload(queries_of, device), _upload(of_row + starts[rows], device))
+
+
+def _solve(blocks: list[NDArray[Any]]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Assign within each block (targets, queries), on as many threads as torch has: scipy releases the GIL."""
+    from scipy.optimize import linear_sum_assignment
+
+    workers = torch.get_num_threads()
+    if workers == 1:
+        return [linear_sum_assignment(block) for block in blocks]
+    shares = [blocks[first::workers] for first in range(workers)]
+    with ThreadPoolExecutor(workers) as pool:
+        solved = list(pool.map(lambda share: [linear_sum_assignment(block) for block in share], shares))
+    return [solved[at % workers][at // workers] for at in range(len(blocks))]
+
+
+def _faults(stage: Stage, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
+    """What must be small or 0: norm of each row's predictions (L, N), labels out of range (M,), bad boxes (M,)."""
+    logits, predicted, targets = stage
+    size_LN = sum(torch.linalg.vector_norm(x, dim=(2, 3)) for x in (logits, predicted))
+    classes = logits.shape[-1] - (kind == "softmax")
+    wrong_M = (targets.labels_M < 0) | (targets.labels_M >= classes)
+    bad_M = ~targets.boxes_M4.isfinite().all(-1) | (targets.boxes_M4[:, 2:] < 0).any(-1)
+    return size_LN.to(predicted.dtype), wrong_M.to(predicted.dtype), bad_M.to(predicted.dtype)
+
+
+def _raise_faults(stage: Stage, kind: Kind, size: Any, wrong: Any, bad: Any) -> None:
+    rows = np.repeat(np.arange(len(stage.targets.sizes)), stage.targets.sizes)
+    if wrong.any():
+        classes = stage.logits_LNQK.shape[-1] - (kind == "softmax")
+        labels = stage.targets.labels_M.cpu().numpy()[wrong > 0]
+        raise ValueError(
+            f"Expected class labels from 0 to {classes - 1}, got {sorted(set(labels.tolist()))} in rows "
+            f"{sorted(set(rows[wrong > 0].tolist()))}. Number the categories from 0 without gaps, or build the model "
+            "with more classes."
+        )
+    if bad.any():
+        raise ValueError(
+            "Expected target boxes (cx, cy, w, h) that are finite with w and h not negative, got others in rows "
+            f"{sorted(set(rows[bad > 0].tolist()))}. Corner format goes through boxes.to_centers first."
+        )
+    if not (size < _LIMIT).all():
+        layers, lost = np.nonzero(~(size.reshape(len(stage.logits_LNQK), -1) < _LIMIT))
+        raise FloatingPointError(
+            f"Expected finite predictions, got NaN, infinite or beyond {_LIMIT:.0e} in layers "
+            f"{sorted(set(layers.tolist()))}, rows {sorted(set(lost.tolist()))}. The run has diverged, or fp16 "
+            "overflows: lower the learning rate, clip gradients, or train in bf16 or fp32."
+        )
+
+
+def _upload(array: NDArray[Any], device: torch.device) -> Tensor:
+    # Not blocking: a blocking copy would wait for the whole forward pass before the costs could be queued.
+    return torch.from_numpy(array).to(device, non_blocking=True)

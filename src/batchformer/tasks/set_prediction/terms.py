@@ -1,0 +1,142 @@
+"""The terms of the loss of set prediction: pure functions, every decoder layer at once.
+
+Axis letters as in matching.py: L layers, N rows, Q queries, K classes, P matched pairs of a layer, H and W pixels.
+``weights_N`` or ``weights_P`` weigh rows (the streams); ``None`` is 1 for all. Terms are sums over rows and pairs; what
+they are divided by is the criterion's.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torchvision.ops import sigmoid_focal_loss
+
+from . import boxes
+from .matching import Matches
+
+__all__ = ["box_distances", "cardinality_error", "cross_entropy", "focal", "mask_distances"]
+
+
+def cross_entropy(
+    logits_LNQK: Tensor, matches: Matches, labels_LP: Tensor, *, eos: float, weights_N: Tensor | None = None
+) -> Tensor:
+    """Weighted mean of the cross-entropy over all queries, "no object" (the last class) weighing ``eos``, (L,).
+
+    Source:
+        DETR, equation 2 and section A.4: eos = 0.1; torch's weighted mean, as in the published code.
+    """
+    layers, rows, queries, classes = logits_LNQK.shape
+    labels_LNQ = torch.full((layers, rows, queries), classes - 1, device=logits_LNQK.device)
+    labels_LNQ[torch.arange(layers, device=labels_LNQ.device)[:, None], matches.rows_P, matches.queries_LP] = labels_LP
+    class_weights = logits_LNQK.new_ones(classes)
+    class_weights[-1] = eos
+    each = F.cross_entropy(logits_LNQK.flatten(0, 2), labels_LNQ.flatten(), class_weights, reduction="none")
+    total_L = _over_rows(each.view(layers, rows, queries).sum(2), weights_N)
+    pairs = len(matches.rows_P)
+    # Nothing matched and eos = 0: the loss is 0, not 0/0.
+    return total_L / ((pairs + eos * (rows * queries - pairs)) or 1.0)
+
+
+def focal(
+    logits_LNQK: Tensor,
+    matches: Matches,
+    labels_LP: Tensor,
+    *,
+    alpha: float,
+    gamma: float,
+    weights_N: Tensor | None = None,
+) -> Tensor:
+    """Sum of the sigmoid focal loss over all queries and classes, (L,).
+
+    Every entry is counted as a miss first, which needs no target tensor; the few matched ones are then corrected.
+
+    Source:
+        Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, equation 5; in Deformable DETR.
+    """
+    total_L = _over_rows((1 - alpha) * _miss(logits_LNQK, gamma).sum((2, 3)), weights_N)
+    hits_LP = matches.of(logits_LNQK).gather(2, labels_LP[..., None]).squeeze(2)
+    change_LP = alpha * _miss(-hits_LP, gamma) - (1 - alpha) * _miss(hits_LP, gamma)
+    return total_L + _over_rows(change_LP, None if weights_N is None else weights_N[matches.rows_P])
+
+
+def _miss(logits: Tensor, gamma: float) -> Tensor:
+    """Focal loss p^gamma * -log(1 - p) of classes that are not there, p = sigmoid(logits). Of a hit: with -logits."""
+    loss: Tensor = _Miss.apply(logits, gamma)
+    return loss
+
+
+class _Miss(torch.autograd.Function):
+    """Keeps one tensor for the backward pass, autograd would five: a two-stage encoder has 10^7 logits and more."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, gamma: float) -> Tensor:
+        p = logits.sigmoid()
+        # -log(1 - p) = max(x, 0) + log(1 + e). torch's log1p, softplus and logsigmoid take five times as long on a CPU
+        # as its log; what 1 + e loses by rounding is put back.
+        e = logits.abs().neg_().exp_()
+        one = 1 + e
+        log = one.log() + (e - (one - 1)) / one + logits.clamp(min=0)
+        power = p**gamma
+        ctx.save_for_backward((gamma * (1 - p) * log + p) * power)
+        return power * log
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.saved_tensors[0], None
+
+
+def box_distances(boxes_LP4: Tensor, own_LP4: Tensor, weights_P: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sums of the L1 distance and of 1 - GIoU of matched boxes in centre format, (L,) and (L,).
+
+    Source:
+        DETR, section 3.1, "Bounding box loss".
+    """
+    l1_LP = (boxes_LP4 - own_LP4).abs().sum(2)
+    giou_LP = 1 - boxes.giou(boxes.to_corners(boxes_LP4), boxes.to_corners(own_LP4))
+    return _over_rows(l1_LP, weights_P), _over_rows(giou_LP, weights_P)
+
+
+def mask_distances(
+    logits_PHW: Tensor, own_PHW: Tensor, *, alpha: float = 0.25, gamma: float = 2.0, weights_P: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sums over pairs of the mean focal loss of the pixels and of the dice loss, two scalars.
+
+    Args:
+        logits_PHW: Predicted masks, of any size: taken to that of the targets bilinearly.
+        own_PHW: Masks of the matched targets, boolean.
+        alpha: Focal weight of a pixel inside.
+        gamma: Focal exponent.
+        weights_P: Of the pairs.
+
+    Source:
+        DETR, section 4.4 and A.2; dice: Milletari et al., "V-Net", 3DV 2016, with 1 added above and below.
+    """
+    truth = own_PHW.to(logits_PHW.dtype).flatten(1)
+    logits = F.interpolate(logits_PHW[:, None], size=own_PHW.shape[-2:], mode="bilinear", align_corners=False)
+    logits = logits.flatten(1)
+    focal_P = sigmoid_focal_loss(logits, truth, alpha, gamma).mean(1)
+    inside = logits.sigmoid()
+    dice_P = 1 - (2 * (inside * truth).sum(1) + 1) / (inside.sum(1) + truth.sum(1) + 1)
+    return _over_rows(focal_P, weights_P), _over_rows(dice_P, weights_P)
+
+
+@torch.no_grad()
+def cardinality_error(logits_LNQK: Tensor, sizes: tuple[int, ...], *, kind: str) -> Tensor:
+    """Mean over rows of |predicted objects - targets|, (L,): for the log.
+
+    An object is a query whose best class beats "no object" ("softmax") or a probability of one half ("focal").
+    """
+    if kind == "softmax":
+        objects_LNQ = logits_LNQK[..., :-1].amax(-1) >= logits_LNQK[..., -1]
+    else:
+        objects_LNQ = logits_LNQK.amax(-1) > 0
+    counts = torch.tensor(sizes, dtype=logits_LNQK.dtype).to(logits_LNQK.device, non_blocking=True)
+    return (objects_LNQ.sum(2) - counts).abs().mean(1)
+
+
+def _over_rows(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Sum over the last axis."""
+    return values.sum(-1) if weights is None else (values * weights).sum(-1)
