@@ -46,7 +46,7 @@ def test_help_and_lists_wait_for_nothing(words: list[str], tmp_path: Path) -> No
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     _, verbs = cli._parsers()
-    assert set(verbs) == {"ls", "data", "fit", "test", "compare", "report", "export", "env"}
+    assert set(verbs) == {"ls", "data", "fit", "test", "compare", "report", "export", "predict", "env"}
     for verb in verbs:
         status, out, _ = outcome([verb, "--help"], capsys)
         assert status == 0

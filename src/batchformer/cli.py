@@ -142,6 +142,12 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     export.add_argument("--out", help="folder (default: export/ in RUN)")
     export.add_argument("--format", default="safetensors,onnx", help="out of safetensors,onnx (default: both)")
 
+    predict = add("predict", _predict, "what the plain network of a run sees in images")
+    predict.add_argument("run_folder", metavar="RUN")
+    predict.add_argument("images", metavar="IMAGES", nargs="+", help="image files, or folders of images")
+    predict.add_argument("--out", help="folder (default: predictions/ in RUN)")
+    predict.add_argument("--threshold", type=float, help="least score, 0 to 1, of what is shown (default: the task's)")
+
     add("env", _env, "versions and hardware, for a report of a problem")
     return parser, dict(sub.choices)
 
@@ -275,6 +281,18 @@ def _export(arguments: argparse.Namespace) -> None:
 
     run = Path(arguments.run_folder)
     for path in export(run, Path(arguments.out or run / "export"), tuple(arguments.format.split(","))):
+        print(path)
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from batchformer.data.lists import image_files
+
+    images = image_files(arguments.images)
+    from batchformer.engine.predict import predict
+
+    run = Path(arguments.run_folder)
+    options = {} if arguments.threshold is None else {"threshold": arguments.threshold}
+    for path in predict(run, images, Path(arguments.out or run / "predictions"), **options):
         print(path)
 
 

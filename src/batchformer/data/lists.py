@@ -147,6 +147,33 @@ def _images(folder: Path) -> Iterable[Path]:
                 yield Path(place, name)
 
 
+def image_files(paths: Sequence[str | Path]) -> list[Path]:
+    """Image files, and those below folders, in order.
+
+    Args:
+        paths: Files are taken whatever they are called, folders are searched by :data:`EXTENSIONS`.
+
+    Raises:
+        DataError: For paths that do not exist and folders without an image, all in one message.
+
+    Example:
+        >>> image_files(["no/such/folder"])
+        Traceback (most recent call last):
+        batchformer.data.errors.DataError: Expected image files, or folders with images, got:
+          no/such/folder: does not exist
+    """
+    found: list[Path] = []
+    problems = []
+    for path in map(Path, paths):
+        inside = sorted(_images(path)) if path.is_dir() else [path] if path.exists() else []
+        if not inside:
+            problems.append(f"{path}: {'has no image' if path.exists() else 'does not exist'}")
+        found += inside
+    if problems:
+        raise DataError(f"Expected image files, or folders with images, got:{listing(problems)}")
+    return found
+
+
 def read_list(file: str | Path, root: str | Path, *, classes: Sequence[str] | int | None = None) -> Samples:
     """Read a list file with one ``relative/path label`` a line, as published for ImageNet-LT, Places-LT and
     iNaturalist.

@@ -165,6 +165,7 @@ def _apart(recipe: Path, overrides: list[str], run: Path, name: str, command: st
         _start(process)
         sender.close()
         result, error = answers.recv()
+        process.join(10)  # it tidies up after itself
     except EOFError:
         process.join()
         error = ChildProcessError(
@@ -207,6 +208,9 @@ def _start(process: Any) -> None:
 
 def _answer(sender: Any, recipe: Path, overrides: list[str], run: Path, name: str, command: str | None) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # From here on as in a process of its own: what a run starts (loaders) is not made by the server's rules, and names
+    # no semaphores that are left over when the run is killed.
+    multiprocessing.set_start_method(None, force=True)
     try:
         result = fit(recipe, overrides, run, name=name, resume=run.exists(), command=command, say=_silent)
     except Exception as error:

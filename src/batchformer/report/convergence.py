@@ -18,7 +18,7 @@ from .wording import describe_difference, points
 __all__ = ["convergence_sentence", "convergence_table"]
 
 _SHARE = 0.9  # of plain's final value, counted as "nearly there"
-_MOMENTS = ((0.25, "a quarter"), (0.5, "half"), (1.0, "all"))
+_MOMENTS = (0.25, 0.5, 1.0)  # of the epochs: early, half way, the end
 _FEWEST = 4  # validated epochs below which there is no way to speak of
 Curves = Mapping[str, Mapping[int, Mapping[int, float]]]  # arm -> seed -> epochs done -> value
 
@@ -79,19 +79,18 @@ def convergence_table(comparison: Comparison) -> Table | None:
     curves = _curves(comparison)
     if BASELINE not in curves or not higher_is_better(comparison.primary):
         return None
-    moments = [(_moment(curves, share), words) for share, words in _MOMENTS]
+    moments = list(dict.fromkeys(_moment(curves, share) for share in _MOMENTS))
     rows = []
     for arm in (arm for arm in comparison.arms if arm in curves):
         leads = (
-            "" if arm == BASELINE else _cell(_difference(curves, arm, epoch, comparison.primary))
-            for epoch, _ in moments
+            "" if arm == BASELINE else _cell(_difference(curves, arm, epoch, comparison.primary)) for epoch in moments
         )
         rows.append((arm, _epochs_to_share(curves, arm), *leads))
     metric = label(comparison.primary)
     columns = (
         "arm",
         f"epochs to {100 * _SHARE:.0f} % of plain's end",
-        *(f"vs plain, epoch {e} ({w})" for e, w in moments),
+        *(f"vs plain, epoch {epoch} of {moments[-1]}" for epoch in moments),
     )
     notes = (
         f"Validation {metric}: epochs as median (range) over seeds, measured against plain's last epoch on the same "
@@ -109,7 +108,7 @@ def convergence_sentence(comparison: Comparison) -> str | None:
     curves = _curves(comparison)
     if not {BASELINE, TREATMENT} <= set(curves) or not higher_is_better(comparison.primary):
         return None
-    epochs = [_moment(curves, share) for share in (_MOMENTS[0][0], 1.0)]
+    epochs = [_moment(curves, share) for share in (_MOMENTS[0], 1.0)]
     early, end = (_difference(curves, TREATMENT, epoch, comparison.primary) for epoch in epochs)
     meaning = {
         ("improves", "improves"): "ahead early and in the end",

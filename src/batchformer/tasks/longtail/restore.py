@@ -12,7 +12,7 @@ from batchformer.tasks.training.contract import Exportable
 from .decoupled import learn_weight_scale, retrain_classifier, tau_normalize
 from .model import LongTailNetwork, build_model
 from .paco import PaCo
-from .ride import RIDE, RoutedExperts
+from .ride import RIDE, RoutedExperts, RoutedOutput
 from .settings import NetworkSettings
 
 
@@ -133,8 +133,9 @@ class _Logits(nn.Module):
         self.network = network
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        logits = self.network(images)
-        return logits.mean(dim=1) if logits.dim() == 3 else logits  # type: ignore[no-any-return]
+        outputs = self.network(images)
+        logits = outputs.logits if isinstance(outputs, RoutedOutput) else outputs
+        return logits.mean(dim=1) if logits.dim() == 3 else logits
 
 
 def exportable(run: Path) -> Exportable:
