@@ -1,7 +1,7 @@
 """The convolutional network in front of the transformer: any backbone that transformers' ``AutoBackbone`` knows."""
 
 import re
-from typing import Self
+from typing import Any, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class SmcaBackbone(nn.Module):
 
     def __init__(self, config: SmcaConfig) -> None:
         super().__init__()
-        self.model = AutoBackbone.from_config(config.backbone_config)
+        self.model = AutoBackbone.from_config(config.backbone_config, **_forgotten(config.backbone_config))
         self.intermediate_channel_sizes: list[int] = list(self.model.channels)
         freeze(self.model, config.freeze_backbone_at)
         self.train(self.training)
@@ -81,6 +81,12 @@ def freeze(backbone: nn.Module, parts: int) -> None:
         )
     for module in _batch_norms(backbone):
         module.requires_grad_(False)
+
+
+def _forgotten(config: Any) -> dict[str, int]:
+    """What transformers 4 keeps in the configuration of a timm backbone without using it: the dilation."""
+    stride = getattr(config, "output_stride", None)
+    return {} if stride is None or hasattr(type(config)(), "output_stride") else {"output_stride": stride}
 
 
 def _batch_norms(module: nn.Module) -> list[nn.Module]:

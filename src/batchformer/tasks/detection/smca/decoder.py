@@ -53,6 +53,10 @@ class MLP(nn.Module):
         return self.layers[-1](x)  # type: ignore[no-any-return]
 
 
+class InverseExtent(nn.Linear):
+    """Predicts 1/s; starts from weights 0 and bias 1."""
+
+
 class SpatialPrior(nn.Module):
     r"""The Gaussian of every query and head on every level.
 
@@ -73,7 +77,7 @@ class SpatialPrior(nn.Module):
         self.heads = config.decoder_attention_heads if config.prior_heads == "independent" else 1
         numbers = {"fixed": 0, "single": 1, "width_height": 2}[config.prior_scale]
         self.offset = nn.Linear(config.d_model, 2 * self.heads) if config.prior_heads == "independent" else None
-        self.inverse_extent = nn.Linear(config.d_model, numbers * self.heads) if numbers else None
+        self.inverse_extent = InverseExtent(config.d_model, numbers * self.heads) if numbers else None
 
     def forward(
         self, query_BQC: Tensor, reference_logits_BQ2: Tensor, valid_ratios_BL2: Tensor, spatial_shapes: Shapes
@@ -114,10 +118,11 @@ class SmcaDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         dim, heads = config.d_model, config.decoder_attention_heads
         self.self_attn = Attention(dim, heads, config.attention_dropout)
         self.self_attn_layer_norm = nn.LayerNorm(dim)
-        self.prior_layer_norm = nn.LayerNorm(dim)
-        self.prior = SpatialPrior(config)
         levels = config.num_feature_levels
         self.scale_selection = nn.Linear(dim, levels) if levels > 1 else None
+        self.prior = SpatialPrior(config)
+        predicts = any((self.prior.offset, self.prior.inverse_extent, self.scale_selection))
+        self.prior_layer_norm = nn.LayerNorm(dim) if predicts else nn.Identity()  # DDP wants no idle parameters
         self.encoder_attn = Attention(dim, heads, config.attention_dropout)
         self.encoder_attn_layer_norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(config.dropout)

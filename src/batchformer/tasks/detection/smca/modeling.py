@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from batchformer.tasks.detection.smca.backbone import SmcaBackbone, freeze
 from batchformer.tasks.detection.smca.configuration import SmcaConfig
-from batchformer.tasks.detection.smca.decoder import MLP, SmcaDecoder, SmcaModelOutput, SpatialPrior
+from batchformer.tasks.detection.smca.decoder import MLP, InverseExtent, SmcaDecoder, SmcaModelOutput
 from batchformer.tasks.detection.smca.encoder import SmcaEncoder
 from batchformer.tasks.detection.smca.prior import sine_positions, valid_ratio
 
@@ -45,6 +45,10 @@ class SmcaObjectDetectionOutput(ModelOutput):  # type: ignore[misc]
     cross_attentions: tuple[Tensor, ...] | None = None
 
 
+class Classifier(nn.Linear):
+    """Predicts the classes; each starts with probability 0.01."""
+
+
 class SmcaPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     """Initial values, loading and saving."""
 
@@ -67,20 +71,17 @@ class SmcaPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         return loaded
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Xavier for what is linear, N(0, 1) for the queries, as DETR; then SMCA's own (see `SpatialPrior`)."""
-        # Functions of nn.init alone: transformers 5 keeps them off parameters that it has loaded.
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
+        """Xavier for what is linear and N(0, 1) for queries, as DETR; `InverseExtent` and `Classifier` their own."""
+        # Functions of nn.init, on leaves alone: transformers 5 keeps them off parameters that it has loaded.
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+        elif isinstance(module, InverseExtent):
+            nn.init.zeros_(module.weight)
+            nn.init.ones_(module.bias)
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight)
-        elif isinstance(module, SpatialPrior) and module.inverse_extent is not None:
-            nn.init.zeros_(module.inverse_extent.weight)
-            nn.init.ones_(module.inverse_extent.bias)
-        elif isinstance(module, SmcaForObjectDetection):
-            # Every class starts with probability 0.01: section 4.1.
-            nn.init.constant_(module.class_labels_classifier.bias, -math.log(99))
+                nn.init.constant_(module.bias, -math.log(99) if isinstance(module, Classifier) else 0.0)
 
 
 class SmcaModel(SmcaPreTrainedModel):
@@ -214,7 +215,7 @@ class SmcaForObjectDetection(SmcaPreTrainedModel):
         super().__init__(config)
         self.loss_type = "DeformableDetrForObjectDetection"
         self.model = SmcaModel(config)
-        self.class_labels_classifier = nn.Linear(config.d_model, config.num_labels)
+        self.class_labels_classifier = Classifier(config.d_model, config.num_labels)
         self.bbox_predictor = MLP(config.d_model, 4, layers=3)
         self.post_init()
 
