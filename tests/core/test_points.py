@@ -334,7 +334,7 @@ class Scorer(nn.Module):
 @pytest.fixture
 def _scorers_have_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = types.ModuleType("scorer_adapter")
-    adapter.companions = lambda model, places: {"": ("labels",)}  # type: ignore[attr-defined]
+    adapter.plan = lambda model, places: Plan(places, {"": ("labels",)})  # type: ignore[attr-defined]
     adapter.find_classifier = lambda model: Plan(  # type: ignore[attr-defined]
         find_places(model, "head", "before").places, {"": ("labels",)}
     )

@@ -14,8 +14,6 @@
   doubled batch cannot be followed from the middle of the network on (torch raises), ``before="auto"`` works.
 """
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from ..core.places import Place, Plan, last_linear, name_of, no_classifier, offered_classifiers
@@ -45,9 +43,9 @@ def find_classifier(model: nn.Module) -> Plan:
     return Plan(places, layer={"layout": "BCHW"} if maps else {})
 
 
-def companions(model: nn.Module, places: Sequence[Place]) -> dict[str, tuple[str, ...]]:
-    """Nothing: timm's networks take the images alone and compute no loss."""
-    return {}
+def plan(model: nn.Module, places: tuple[Place, ...]) -> Plan:
+    """Nothing follows: timm's networks take the images alone and compute no loss."""
+    return Plan(places)
 
 
 def _parts(head: nn.Module) -> list[nn.Module]:

@@ -11,7 +11,7 @@
 - Segmentation models also have a ``classifier``, which is something else; they and the detectors are refused.
 """
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -41,12 +41,12 @@ def find_classifier(model: nn.Module) -> Plan:
     convolutions = [module for module in heads[0].modules() if isinstance(module, nn.Conv2d)]
     name = name_of(model, convolutions[-1]) if convolutions else last_linear(model, heads[0])
     places = (Place(name, "before"),)
-    return Plan(places, companions(model, places), {"layout": "BCHW"} if convolutions else {})
+    return replace(plan(model, places), layer={"layout": "BCHW"} if convolutions else {})
 
 
-def companions(model: nn.Module, places: Sequence[Place]) -> dict[str, tuple[str, ...]]:
-    """The input of the auxiliary classifiers that read the batch before it is doubled."""
+def plan(model: nn.Module, places: tuple[Place, ...]) -> Plan:
+    """The input of the auxiliary classifiers follows, which read the batch before it is doubled."""
     order = [name for name, _ in model.named_children()]
     heads = {aux: read for aux, read in _AUXILIARY.items() if aux in order and read in order}
     first = min((order.index(place.name.partition(".")[0]) for place in places), default=0)
-    return {aux: ("x",) for aux, read in heads.items() if order.index(read) < first}
+    return Plan(places, {aux: ("x",) for aux, read in heads.items() if order.index(read) < first})

@@ -14,12 +14,11 @@
 """
 
 import re
-from collections.abc import Sequence
 
 from torch import nn
 
 from ..core.places import Place, Plan, last_linear, no_classifier, offered_classifiers, places_before
-from . import timm
+from . import detr, timm
 
 _HEADS = ("classifier", "cls_classifier", "distillation_classifier", "classifier_distill", "head", "dist_head", "fc")
 _TASKS = re.compile(r"For(Image|Video)Classification")
@@ -35,7 +34,8 @@ def find_classifier(model: nn.Module) -> Plan:
     if offered := offered_classifiers(model):
         return Plan(places_before(model, offered), _LABELS)
     if not any(_TASKS.search(cls.__name__) for cls in type(model).__mro__):
-        raise no_classifier(model, f"{type(model).__name__} is not one of transformers' image classifiers")
+        hint = ". Detectors take after='model.encoder.layers.0'" if detr.is_detector(model) else ""
+        raise no_classifier(model, f"{type(model).__name__} is not one of transformers' image classifiers{hint}")
     if hasattr(model, "timm_model"):
         plan = timm.find_classifier(model.timm_model)  # type: ignore[arg-type]
         places = tuple(Place(f"timm_model.{place.name}", place.where) for place in plan.places)
@@ -47,6 +47,6 @@ def find_classifier(model: nn.Module) -> Plan:
     return Plan(tuple(Place(last_linear(model, head), "before") for head in heads), _LABELS)
 
 
-def companions(model: nn.Module, places: Sequence[Place]) -> dict[str, tuple[str, ...]]:
-    """The labels, wherever the batch doubles."""
-    return _LABELS
+def plan(model: nn.Module, places: tuple[Place, ...]) -> Plan:
+    """The labels follow, wherever the batch doubles; in detectors much more does."""
+    return detr.plan(model, places) if detr.is_detector(model) else Plan(places, _LABELS)

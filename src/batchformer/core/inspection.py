@@ -148,4 +148,8 @@ def _effect(model: nn.Module, handle: Any) -> str:
     effect = f"in training 2N rows [plain; mixed] from there on through {shown}; in eval() the plain network"
     for name, inputs in handle.plan.companions.items():
         effect += f"; {', '.join(inputs)} of {repr(name) if name else 'the model'} doubled"
+    if handle.plan.once:
+        effect += f"; once for both streams: {', '.join(repr(once.name) for once in handle.plan.once)}"
+    if handle.plan.padding is not None:
+        effect += "; padded tokens neither attend nor are attended to"
     return effect

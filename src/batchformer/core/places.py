@@ -7,15 +7,15 @@ library arrives.
 import difflib
 import importlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from .modules import BatchFormer
 
-# Top-level package of a model's class -> the module that knows such models (it has `find_classifier(model) -> Plan`).
+# Top-level package of a model's class -> the module that knows such models (an `Adapter`, see below).
 ADAPTERS: dict[str, str] = {
     "timm": "batchformer.adapters.timm",
     "torchvision": "batchformer.adapters.torchvision",
@@ -35,6 +35,26 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Once:
+    """A module that works once for both streams, inside a model whose inputs are doubled at the top.
+
+    Its named inputs, [plain; plain], are halved and its outputs repeated, so that nothing is computed twice.
+
+    Attributes:
+        name: Of the module.
+        inputs: Names of the inputs that are halved.
+        behind: Modules in front of it, of which any may be a place of insertion: from such a place on both streams
+            differ, and this module works on both.
+        rerun: Whether activation checkpointing may run it again, outside the model's own forward pass.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    behind: tuple[str, ...] = ()
+    rerun: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
     """Where the module goes and what must follow the doubled batch.
 
@@ -43,11 +63,18 @@ class Plan:
         companions: Module name -> names of keyword inputs that are doubled with the batch; ``""`` is the model
             itself (its ``labels``, where it computes its own loss).
         layer: Arguments of :class:`batchformer.BatchFormer` that this model needs (``layout`` for maps).
+        once: Where the model's own inputs are among the companions: what works once, in front of the first place.
+        padding: Reads the padding, boolean (rows, tokens), off the named inputs of the module at a place; ``None``
+            is no padding.
+        layered: Names of outputs with a list entry or a first axis for each layer, not for each sample.
     """
 
     places: tuple[Place, ...]
     companions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     layer: dict[str, Any] = field(default_factory=dict)
+    once: tuple[Once, ...] = ()
+    padding: Callable[[Mapping[str, Any]], Tensor | None] | None = None
+    layered: tuple[str, ...] = ()
 
 
 class Adapter(Protocol):
@@ -57,8 +84,8 @@ class Adapter(Protocol):
         """The plan for ``before="auto"``."""
         ...
 
-    def companions(self, model: nn.Module, places: Sequence[Place]) -> dict[str, tuple[str, ...]]:
-        """What follows the batch when the module goes to ``places``."""
+    def plan(self, model: nn.Module, places: tuple[Place, ...]) -> Plan:
+        """The plan for ``places``: what follows the batch when the module goes there."""
         ...
 
 
@@ -92,7 +119,7 @@ def find_places(model: nn.Module, names: str | Sequence[str], where: Literal["be
         raise ValueError("Expected at least one module name, got none.")
     places = tuple(Place(name, where) for name in first_name.values() if name in found)
     adapter = adapter_of(model)
-    return Plan(places, {} if adapter is None else adapter.companions(model, places))
+    return Plan(places) if adapter is None else adapter.plan(model, places)
 
 
 def find_classifier(model: nn.Module) -> Plan:

@@ -2,18 +2,20 @@
 pickled, and what the points of one forward pass know of each other."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from . import streams
 from .modules import BatchFormer
-from .places import Place
+from .places import Once, Place
 
 T = TypeVar("T")
 Role = Literal["first", "later"]
+Padding = Callable[[Mapping[str, Any]], Tensor | None]
 
 
 @dataclass(eq=False)
@@ -51,32 +53,45 @@ class Pass:
 
 
 class Point:
-    """One place of insertion: the hook that runs there."""
+    """One place of insertion: the hook that runs there.
 
-    def __init__(self, place: Place, module: BatchFormer, state: Pass, inputs: tuple[str, ...]) -> None:
+    Args:
+        place: Where.
+        module: What runs there.
+        state: Shared by all points of the model.
+        inputs: Names of the inputs of the module at the place, in the order of positions.
+        padding: Reads the padding off them, see :class:`batchformer.core.places.Plan`.
+    """
+
+    def __init__(
+        self, place: Place, module: BatchFormer, state: Pass, inputs: tuple[str, ...], padding: Padding | None = None
+    ) -> None:
         self.place = place
         self.module = module
         self.state = state
         self.inputs = inputs
+        self.padding = padding
 
     def before(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Forward pre-hook: mixes the first input."""
         if not self.module.training:
             return None
+        padding = self._padding(args, named)
         if args:
-            return (self.mix(args[0]), *args[1:]), named
+            return (self.mix(args[0], padding), *args[1:]), named
         name = next((name for name in (*self.inputs, *named) if name in named), "")
-        return args, {**named, name: self.mix(named.get(name))}
+        return args, {**named, name: self.mix(named.get(name), padding)}
 
-    def after(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def after(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
         """Forward hook: mixes the output, or the first of several."""
         if not self.module.training:
             return None
+        padding = self._padding(args, named)
         if isinstance(output, tuple | list) and output:
-            return streams._rebuild(output, [self.mix(output[0]), *output[1:]])
-        return self.mix(output)
+            return streams._rebuild(output, [self.mix(output[0], padding), *output[1:]])
+        return self.mix(output, padding)
 
-    def mix(self, x: Any) -> Tensor:
+    def mix(self, x: Any, padding: Tensor | None = None) -> Tensor:
         """N rows -> the module's output; [plain; mixed] -> [plain; mixed again].
 
         Raises:
@@ -84,9 +99,18 @@ class Point:
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"Expected a tensor {self.place}, got {type(x).__name__}. Insert at another place.")
+        if padding is None and self.padding is not None and self.module.gather == "all":
+            # Ranks must agree on having a mask, and another one's batch may be padded.
+            padding = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
         # By a call of the module, so that wrappers of it (FSDP) do their part.
-        out: Tensor = self.module(x, doubled=self.state.role(self.place, x.shape[0]) == "later")
+        later = self.state.role(self.place, x.shape[0]) == "later"
+        out: Tensor = self.module(x, mask=padding, doubled=later)
         return out
+
+    def _padding(self, args: tuple[Any, ...], named: dict[str, Any]) -> Tensor | None:
+        if self.padding is None:
+            return None
+        return self.padding({**dict(zip(self.inputs, args, strict=False)), **named})
 
 
 class Companions:
@@ -99,13 +123,69 @@ class Companions:
 
     def double(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Forward pre-hook: doubles the named inputs, however they come."""
-        if not self.doubles():
+        return _change(_twice, self.names, self.inputs, args, named) if self.doubles() else None
+
+
+class Shared:
+    """Lets a module work once for both streams, see :class:`batchformer.core.places.Once`.
+
+    Args:
+        once: Which module, which inputs.
+        state: Shared by all points of the model.
+        inputs: Names of the module's inputs, in the order of positions.
+        works_once: ``()``: on both streams this time; ``("halve",)``: once, and a point behind it doubles its output;
+            ``("halve", "repeat")``: once.
+    """
+
+    def __init__(
+        self, once: Once, state: Pass, inputs: tuple[str, ...], works_once: Callable[[], tuple[str, ...]]
+    ) -> None:
+        self.once = once
+        self.state = state
+        self.inputs = inputs
+        self.works_once = works_once
+
+    def halve(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Forward pre-hook: [plain; plain] -> plain in the named inputs.
+
+        Raises:
+            RuntimeError: When the module is called past the model, whose inputs then were not doubled.
+        """
+        if "halve" not in self.works_once():
             return None
-        args = tuple(
-            _twice(value) if index < len(self.inputs) and self.inputs[index] in self.names else value
-            for index, value in enumerate(args)
-        )
-        return args, {name: _twice(value) if name in self.names else value for name, value in named.items()}
+        if not self.state.running and not self.once.rerun:
+            raise RuntimeError(
+                f"Expected a call of the model that BatchFormer was inserted into, got one of its part "
+                f"{self.once.name!r} alone, in training. Call the model, or call the part in eval()."
+            )
+        return _change(self._half, self.once.inputs, self.inputs, args, named)
+
+    def repeat(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook: plain -> [plain; plain] in all outputs."""
+        return _repeat(output) if "repeat" in self.works_once() else None
+
+    def _half(self, value: Any) -> Any:
+        # One row holds for every sample, as it is.
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] == 1:
+            return value
+        plain, _ = streams.split(value)
+        if self.state.running and self.state.rows is None:
+            self.state.rows = plain.shape[0]
+        return plain
+
+
+def _change(
+    change: Callable[[Any], Any],
+    names: tuple[str, ...],
+    inputs: tuple[str, ...],
+    args: tuple[Any, ...],
+    named: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Change the named inputs, however they come."""
+    args = tuple(
+        change(value) if index < len(inputs) and inputs[index] in names else value for index, value in enumerate(args)
+    )
+    return args, {name: change(value) if name in names else value for name, value in named.items()}
 
 
 def _twice(value: Any) -> Any:
@@ -113,6 +193,17 @@ def _twice(value: Any) -> Any:
     if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, Tensor) and value.dim() == 0):
         return 2 * value
     return streams.expand(value)
+
+
+def _repeat(output: Any) -> Any:
+    """Every tensor inside an output with its rows repeated; lists and tuples hold several outputs here."""
+    if isinstance(output, Tensor):
+        return streams.expand(output)
+    if isinstance(output, Mapping):
+        return type(output)({key: _repeat(value) for key, value in output.items()})  # type: ignore[call-arg]
+    if isinstance(output, tuple | list):
+        return streams._rebuild(output, [_repeat(value) for value in output])
+    return output
 
 
 class Passenger(nn.Module):

@@ -48,12 +48,14 @@ def expand(targets: T) -> T:
     return doubled  # type: ignore[no-any-return]
 
 
-def split(outputs: T) -> tuple[T, T]:
+def split(outputs: T, *, layered: Sequence[str] = ()) -> tuple[T, T]:
     """Undo the doubling: 2N rows -> (plain, mixed), N rows each.
 
     Args:
         outputs: A tensor with 2N rows; a dict (also transformers' ``ModelOutput``), tuple or list of such tensors; a
             list with one entry for each of 2N rows. Numbers, ``None`` and tensors without axes go to both.
+        layered: Keys of a dict whose list has an entry, or whose tensor a first axis, for each layer, with the rows
+            behind it (DETR's ``auxiliary_outputs`` and ``intermediate_hidden_states``).
 
     Returns:
         The same structure twice.
@@ -70,7 +72,7 @@ def split(outputs: T) -> tuple[T, T]:
     if isinstance(outputs, Tensor):
         halves = (outputs, outputs) if outputs.dim() == 0 else _halves(outputs)
     elif isinstance(outputs, Mapping):
-        parts = {key: split(value) for key, value in outputs.items()}
+        parts = {key: _split_layers(value) if key in layered else split(value) for key, value in outputs.items()}
         halves = tuple(type(outputs)({k: part[i] for k, part in parts.items()}) for i in (0, 1))  # type: ignore[call-arg]
     elif isinstance(outputs, list) and not all(isinstance(value, Tensor | tuple | list) for value in outputs):
         halves = _halves(outputs)
@@ -135,6 +137,13 @@ def looks_class_sorted(labels: Tensor) -> bool:
         return False
     steps = labels[1:] - labels[:-1]
     return bool((steps >= 0).all() and (steps == 0).any())
+
+
+def _split_layers(value: Any) -> tuple[Any, Any]:
+    if isinstance(value, Tensor):
+        plain, mixed = _halves(value.transpose(0, 1))
+        return plain.transpose(0, 1), mixed.transpose(0, 1)
+    return split(tuple(value) if isinstance(value, list) else value)
 
 
 def _halves(rows: Any) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ classifiers of several experts) are parallel branches, and each doubles. All thi
 :func:`insert` as for those of several into one model, which is why every insertion goes into the whole model.
 """
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from . import streams
 from .modules import BatchFormer
 from .notices import BatchFormerWarning
-from .places import Plan, find_classifier, find_places, width_of
-from .points import Companions, Pass, Passenger, Point, input_names, points_in
+from .places import Once, Plan, find_classifier, find_places, width_of
+from .points import Companions, Pass, Passenger, Point, Shared, input_names, points_in
 
 T = TypeVar("T")
 _HANDLES = "_batchformer_handles"
@@ -74,7 +75,7 @@ class Handle:
             ``(outputs, None)`` in ``eval()``.
         """
         if self.doubles:
-            return streams.split(outputs)
+            return streams.split(outputs, layered=self.plan.layered)
         return (None, outputs) if self.modules[0].training else (outputs, None)
 
     def loss(
@@ -124,11 +125,11 @@ class Handle:
         modules = self.modules * (len(self.places) if len(self.modules) == 1 else 1)
         for place, module in zip(self.places, modules, strict=True):
             target = self._model.get_submodule(place.name)
-            point = Point(place, module, self._state, input_names(target))
+            point = Point(place, module, self._state, input_names(target), self.plan.padding)
             self._hooks.append(
                 target.register_forward_pre_hook(point.before, with_kwargs=True)
                 if place.where == "before"
-                else target.register_forward_hook(point.after)
+                else target.register_forward_hook(point.after, with_kwargs=True)
             )
         self._hooks.append(self._model.register_forward_pre_hook(self._begin_pass))
         self._hooks.append(self._model.register_forward_hook(self._end_pass))
@@ -137,6 +138,11 @@ class Handle:
             doubles = functools.partial(self._doubles_inputs_of, name)
             companions = Companions(inputs, input_names(target), doubles)
             self._hooks.append(target.register_forward_pre_hook(companions.double, with_kwargs=True))
+        for once in self.plan.once:
+            target = self._model.get_submodule(once.name)
+            shared = Shared(once, self._state, input_names(target), functools.partial(self._works_once, once))
+            self._hooks.append(target.register_forward_pre_hook(shared.halve, with_kwargs=True))
+            self._hooks.append(target.register_forward_hook(shared.repeat))
 
     def _begin_pass(self, *_: Any) -> None:
         if self.modules[0].training:
@@ -150,9 +156,24 @@ class Handle:
         doubling = (handle for handle in _handles(self._model) if handle.doubles and name in handle.plan.companions)
         return next(doubling, None) is self
 
+    def _works_once(self, once: Once) -> tuple[str, ...]:
+        doubling = [handle for handle in _handles(self._model) if handle.doubles]
+        places = {place.name for handle in doubling for place in handle.places}
+        if next((handle for handle in doubling if once in handle.plan.once), None) is not self or places & {
+            *once.behind
+        }:
+            return ()
+        return ("halve",) if once.name in places else ("halve", "repeat")
+
 
 def insert(
-    model: nn.Module, *, before: Names | None = None, after: Names | None = None, share: bool = True, **layer: Any
+    model: nn.Module,
+    *,
+    before: Names | None = None,
+    after: Names | None = None,
+    share: bool = True,
+    padding: Literal["mask", "attend"] = "mask",
+    **layer: Any,
 ) -> Handle:
     """Insert BatchFormer into a model, in place.
 
@@ -164,14 +185,18 @@ def insert(
         after: Name or names of modules whose *output* is mixed (BatchFormerV2: ``"blocks.8"``,
             ``"model.encoder.layers.0"``). A ``*`` stands for one part of a name: ``"blocks.*"``.
         share: Whether several points use one set of weights.
+        padding: Where the model says which tokens are padding (the DETR family): ``"mask"``: these neither attend nor
+            are attended to, and are the same in both streams; ``"attend"``: they take part like any other, as in the
+            published code.
         layer: Arguments of :class:`BatchFormer`; ``dim`` is read off the model where it is not given.
 
     Returns:
         The handle: ``expand``, ``split``, ``loss``, ``remove``.
 
     Raises:
-        ValueError: When nothing matches (with the nearest names), when there is something at that place already, or
-            when the width or the classifier is ambiguous (with the candidates).
+        ValueError: When nothing matches (with the nearest names), when there is something at that place already,
+            when the width or the classifier is ambiguous (with the candidates), or when the place is one that this
+            kind of model cannot double its batch at.
         RuntimeError: When the model is wrapped.
 
     Source:
@@ -191,9 +216,13 @@ def insert(
         raise ValueError("Expected exactly one of before= and after=. Take before='auto' for the classifier.")
     if after == "auto":
         raise ValueError("Expected module names for after=, got 'auto'. Take before='auto' for the classifier.")
+    if padding not in ("mask", "attend"):
+        raise ValueError(f"Expected padding to be 'mask' or 'attend', got {padding!r}.")
     names = before if before is not None else after
     where: Literal["before", "after"] = "before" if before is not None else "after"
     plan = find_classifier(model) if names == "auto" else find_places(model, cast(Names, names), where)
+    if padding == "attend":
+        plan = dataclasses.replace(plan, padding=None)
     state = _shared_state(model, plan)
     layer = {**plan.layer, **layer}
     widths = [layer.pop("dim")] * len(plan.places) if "dim" in layer else [width_of(model, p) for p in plan.places]
