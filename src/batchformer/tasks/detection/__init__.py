@@ -1,0 +1,1 @@
+"""Object detection with DETR, Conditional DETR, Deformable DETR and SMCA."""

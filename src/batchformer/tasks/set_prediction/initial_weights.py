@@ -1,0 +1,85 @@
+"""The weights that the detectors were published to start from.
+
+transformers' own initial values are made to be overwritten by a checkpoint: queries that are all alike, a classifier
+that calls half of all boxes an object.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["initialize"]
+
+_KEPT = ("sampling_offsets", "attention_weights")  # Deformable attention starts from a pattern that transformers lays
+
+
+def initialize(detector: Any) -> None:
+    """Set initial weights of DETR, Conditional DETR or Deformable DETR as their authors do; SMCA brings its own.
+
+    The backbone is left alone. Draws from torch's global generator.
+
+    Args:
+        detector: A detection model of transformers, changed in place.
+
+    Source:
+        DETR, appendix A.4 (Xavier, as in "Attention is all you need"); Focal loss, section 4.1 (class prior 0.01);
+        Deformable DETR, appendix A.4.
+
+    Example:
+        >>> from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection, ResNetConfig
+        >>> tiny = ResNetConfig(embedding_size=4, hidden_sizes=[8], depths=[1], out_features=["stage1"])
+        >>> size = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8, decoder_ffn_dim=8)
+        >>> model = ConditionalDetrForObjectDetection(ConditionalDetrConfig(backbone_config=tiny, **size))
+        >>> initialize(model)
+        >>> round(model.class_labels_classifier.bias[0].sigmoid().item(), 4)
+        0.01
+    """
+    kind = detector.config.model_type
+    if kind not in ("detr", "conditional_detr", "deformable_detr"):
+        return
+    model: Any = detector.model
+    with torch.no_grad():
+        for part in (model.encoder, model.decoder):
+            for name, parameter in part.named_parameters():
+                if parameter.dim() > 1 and not any(word in name for word in _KEPT):
+                    nn.init.xavier_uniform_(parameter)
+        if (queries := getattr(model, "query_position_embeddings", None)) is not None:
+            nn.init.normal_(queries.weight)
+        if kind == "deformable_detr":
+            _deformable(detector)
+            return
+        for module in (model.input_projection, *_linears(detector.bbox_predictor), detector.class_labels_classifier):
+            module.reset_parameters()
+        if kind == "conditional_detr":
+            _class_prior(detector.class_labels_classifier)
+            _from_zero(_linears(detector.bbox_predictor)[-1])
+
+
+def _deformable(detector: Any) -> None:
+    for level in detector.model.input_proj:
+        nn.init.xavier_uniform_(level[0].weight)
+        nn.init.zeros_(level[0].bias)
+    for number, (classifier, box) in enumerate(zip(detector.class_embed, detector.bbox_embed, strict=True)):
+        for module in (classifier, *_linears(box)):
+            module.reset_parameters()
+        _class_prior(classifier)
+        last = _linears(box)[-1]
+        _from_zero(last)
+        # Boxes start small; with refinement only the first layer says so, with proposals none does.
+        if not detector.config.two_stage and (number == 0 or not detector.config.with_box_refine):
+            nn.init.constant_(last.bias[2:], -2.0)
+
+
+def _linears(module: Any) -> list[nn.Linear]:
+    return [part for part in module.modules() if isinstance(part, nn.Linear)]
+
+
+def _class_prior(classifier: nn.Linear, prior: float = 0.01) -> None:
+    nn.init.constant_(classifier.bias, -math.log((1 - prior) / prior))
+
+
+def _from_zero(last: nn.Linear) -> None:
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)

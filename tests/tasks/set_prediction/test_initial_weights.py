@@ -1,0 +1,71 @@
+"""Detectors start as they were published, not as transformers leaves them."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from batchformer.tasks.detection.model import build_detector
+from batchformer.tasks.detection.settings import NetworkSettings
+from batchformer.tasks.set_prediction.backbone import BackboneSettings
+
+SIZES: dict[str, Any] = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "ffn_dim": 64, "num_queries": 200}
+
+OUT = "o_proj.weight" if int(transformers.__version__.split(".")[0]) >= 5 else "out_proj.weight"
+
+
+def detector(kind: Any, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    backbone = BackboneSettings("resnet18", pretrained=False, strides=[32])
+    return build_detector(NetworkSettings(kind, backbone, feature_levels=1, **SIZES, **settings), 5).eval()
+
+
+def run(network: Any) -> Any:
+    with torch.no_grad():
+        return network(torch.randn(2, 3, 64, 64))
+
+
+@pytest.mark.parametrize("kind", ["detr", "conditional_detr", "deformable_detr", "smca"])
+def test_queries_differ_and_rare_classes_are_rare(kind: str) -> None:
+    network = detector(kind)
+    output = run(network)
+    assert torch.isfinite(output.logits).all()
+    if kind != "detr":  # whose queries come apart in training only
+        assert output.pred_boxes[0].std(0).amax() > 0.02, "queries look at different places"
+        assert 0.003 < output.logits.sigmoid().mean() < 0.03
+
+
+@pytest.mark.parametrize("kind", ["detr", "conditional_detr", "deformable_detr"])
+def test_xavier_as_in_attention_is_all_you_need(kind: str) -> None:
+    network = detector(kind)
+    attention = network.model.encoder.layers[1].self_attn
+    weight = dict(attention.named_parameters())["output_proj.weight" if kind == "deformable_detr" else OUT].detach()
+    bound = math.sqrt(6 / (64 + 64))
+    assert 0.95 * bound < weight.abs().max() <= bound
+    assert network.model.query_position_embeddings.weight.detach().std() == pytest.approx(1.0, abs=0.05)
+
+
+def test_deformable_attention_keeps_its_pattern() -> None:
+    network = detector("deformable_detr")
+    for layer in network.model.encoder.layers:
+        assert not layer.self_attn.sampling_offsets.weight.any()
+        assert layer.self_attn.sampling_offsets.bias.abs().max() == 4, "the last of four points is four cells away"
+        assert not layer.self_attn.attention_weights.weight.any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, [-2.0, -2.0]), ({"with_box_refine": True}, [-2.0, 0.0]), ({"two_stage": True}, [0.0, 0.0, 0.0])],
+)
+def test_boxes_of_deformable_detr_start_small(settings: dict[str, bool], expected: list[float]) -> None:
+    network = detector("deformable_detr", **settings)
+    assert [box.layers[-1].bias[3].item() for box in network.bbox_embed] == expected
+    if settings:
+        assert network.model.decoder.bbox_embed[0].layers[-1].bias is network.bbox_embed[0].layers[-1].bias
+
+
+def test_the_same_seed_gives_the_same_detector() -> None:
+    first, second = detector("conditional_detr").state_dict(), detector("conditional_detr").state_dict()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
