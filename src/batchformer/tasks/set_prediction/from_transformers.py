@@ -157,8 +157,11 @@ class Installed:
         early = None
         logits_LNQK, boxes_LNQ4 = logits[None], pred_boxes[None]
         if config.auxiliary_loss:
-            logits_LNQK, boxes_LNQ4 = layers
+            # Not the layers' own last entry: with a norm between them (Conditional DETR has two) it is another tensor
+            # than what the model predicts with.
             early = [{"logits": a, "pred_boxes": b} for a, b in zip(layers[0][:-1], layers[1][:-1], strict=True)]
+            logits_LNQK = torch.cat((layers[0][:-1], logits_LNQK))
+            boxes_LNQ4 = torch.cat((layers[1][:-1], boxes_LNQ4))
         proposals = self._proposals or (None, None)
         found = self.criterion(SetOutputs(logits_LNQK, boxes_LNQ4, masks, *proposals), labels)
         return found.pop("loss"), found, early

@@ -140,6 +140,10 @@ class SetCriterion:
             FloatingPointError: For predictions that are not finite.
             ValueError: For targets that do not fit, see :func:`~batchformer.tasks.set_prediction.matching.match`.
         """
+        with torch.autocast(outputs.logits_LNQK.device.type, enabled=False):
+            return self._losses(outputs, targets)
+
+    def _losses(self, outputs: SetOutputs, targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         stages = self._stages(outputs, targets)
         matches = match_stages(stages, self.match_costs)
         weights_N = self._row_weights(outputs.logits_LNQK)
