@@ -202,9 +202,9 @@ def test_mask_ap_counts_things_and_leaves_crowds_out() -> None:
     metrics = PanopticMetrics(IS_THING)
     # The best guess is right; one on the crowd, which is no error; nobody asks for stuff.
     found = Instances(truth.masks_SHW[:2], torch.tensor([0.9, 0.95]), torch.tensor([0, 0]))
-    metrics.update([truth], [found], [truth])
+    metrics.update_maps([truth], [found], [truth], image_ids=[1])
     assert float(metrics.compute()["mask_AP"]) == pytest.approx(1.0)
     metrics.reset()
     wrong = Instances(truth.masks_SHW[2:], torch.tensor([0.9]), torch.tensor([0]))
-    metrics.update([truth], [wrong], [truth])
+    metrics.update_maps([truth], [wrong], [truth], image_ids=[1])
     assert float(metrics.compute()["mask_AP"]) == 0.0

@@ -1,15 +1,16 @@
-"""Panoptic quality as sums that add up over batches and processes, and the mask AP of things.
+"""Panoptic quality as sums that add up over batches and processes, and the AP of things.
 
 Axis letters: K classes, T true segments of an image, S predicted ones; 0 along T and S is void.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.detection import MeanAveragePrecision
+
+from batchformer.tasks.set_prediction.average_precision import AveragePrecision
 
 from .maps import PanopticMap
 from .postprocess import Instances
@@ -165,7 +166,7 @@ class PanopticMetrics(nn.Module):
         >>> metrics = PanopticMetrics([True, False])
         >>> truth = PanopticMap.of(torch.tensor([[1, 1, 2, 2]]), [1, 2], [0, 1])
         >>> found = Instances(truth.masks_SHW[:1], torch.ones(1), torch.zeros(1, dtype=torch.long))
-        >>> metrics.update([truth], [found], [truth])
+        >>> metrics.update_maps([truth], [found], [truth], image_ids=[7])
         >>> values = metrics.compute()
         >>> float(values["PQ"]), round(float(values["mask_AP"]), 3)
         (1.0, 1.0)
@@ -175,37 +176,58 @@ class PanopticMetrics(nn.Module):
         super().__init__()
         self.is_thing = list(is_thing)
         self.quality = PanopticQuality(is_thing)
-        self.masks = MeanAveragePrecision(iou_type="segm", backend="faster_coco_eval")
-        self.masks.warn_on_many_detections = False  # COCO counts the best hundred, and that is meant
+        self.precision = nn.ModuleDict(
+            {"mask": AveragePrecision(len(self.is_thing), "masks"), "box": AveragePrecision(len(self.is_thing))}
+        )
 
-    def update(
-        self, predicted: Sequence[PanopticMap], found: Sequence[Instances], truth: Sequence[PanopticMap]
+    def update_boxes(self, found: Sequence[dict[str, Tensor]], truths: Sequence[dict[str, Any]]) -> None:
+        """Add images by what a detector alone says of them; classes that are stuff are left out.
+
+        Args:
+            found: ``scores``, ``labels``, ``boxes``, as from ``set_prediction.average_precision.detections``.
+            truths: ``image_id``, ``labels``, ``boxes``, and where known ``area`` and ``iscrowd``.
+        """
+        self._precision("box").update([self._things(one) for one in found], [self._things(one) for one in truths])
+
+    def update_maps(
+        self,
+        predicted: Sequence[PanopticMap],
+        found: Sequence[Instances],
+        truth: Sequence[PanopticMap],
+        *,
+        image_ids: Sequence[int],
     ) -> None:
         """Add images: their predicted maps, their instances, their true maps."""
         self.quality.update(predicted, truth)
-        self.masks.update([self._prediction(image) for image in found], [self._target(image) for image in truth])
+        names = ("masks", "scores", "labels")
+        truths = []
+        for number, answer in zip(image_ids, truth, strict=True):
+            whole = {"masks": answer.masks_SHW, "labels": answer.labels_S, "iscrowd": answer.iscrowd_S.int()}
+            truths.append({"image_id": number, **self._things(whole)})
+        self._precision("mask").update([dict(zip(names, one, strict=True)) for one in found], truths)
 
-    @staticmethod
-    def _prediction(found: Instances) -> dict[str, Tensor]:
-        return {"masks": found.masks_SHW.cpu(), "scores": found.scores_S.cpu(), "labels": found.labels_S.cpu()}
+    def _things(self, image: dict[str, Any]) -> dict[str, Any]:
+        keep = torch.tensor(self.is_thing, device=image["labels"].device)[image["labels"]]
+        return {name: value if name == "image_id" else value[keep] for name, value in image.items()}
 
-    def _target(self, truth: PanopticMap) -> dict[str, Tensor]:
-        truth = PanopticMap(*(part.cpu() for part in truth))
-        things_S = torch.tensor(self.is_thing)[truth.labels_S]
-        return {
-            "masks": truth.masks_SHW[things_S],
-            "labels": truth.labels_S[things_S],
-            "iscrowd": truth.iscrowd_S[things_S].int(),
-        }
+    def _precision(self, kind: str) -> AveragePrecision:
+        return cast(AveragePrecision, self.precision[kind])
 
     def compute(self) -> dict[str, Tensor]:
-        """All of `PanopticQuality.compute` and ``mask_AP``, ``mask_AP50``; NaN where there was nothing to find."""
-        precision = {name: value for name, value in self.masks.compute().items() if name in ("map", "map_50")}
-        # The evaluator says -1 for "nothing to find".
-        known = {name: torch.where(value < 0, torch.nan, value) for name, value in precision.items()}
-        return {**self.quality.compute(), "mask_AP": known["map"], "mask_AP50": known["map_50"]}
+        """All of `PanopticQuality.compute`; ``mask_AP``, ``mask_AP50``, ``box_AP``, ``box_AP50`` of things.
+
+        What no image was added for is left out.
+        """
+        values = self.quality.compute() if self._precision("mask").ids else {}
+        for kind in self.precision:
+            metric = self._precision(kind)
+            if metric.ids:
+                found = metric.compute()
+                values |= {f"{kind}_AP": found["AP"], f"{kind}_AP50": found["AP50"]}
+        return values
 
     def reset(self) -> None:
         """Forget all images."""
         self.quality.reset()
-        self.masks.reset()
+        for kind in self.precision:
+            self._precision(kind).reset()

@@ -3,7 +3,8 @@
 Axis letters: Q queries, K classes (no-object comes after them), h, w of the mask head, H, W pixels, S segments.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,13 @@ class Frame(NamedTuple):
     padded: tuple[int, int]
     resized: tuple[int, int]
     original: tuple[int, int]
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any], row: int) -> "Frame":
+        """Read it off a batch: ``pixel_mask`` (B, H, W), and ``size`` and ``orig_size`` of the labels."""
+        label, (height, width) = batch["labels"][row], batch["pixel_mask"].shape[-2:]
+        (resized, original) = (tuple(int(x) for x in label[name]) for name in ("size", "orig_size"))
+        return cls((height, width), (resized[0], resized[1]), (original[0], original[1]))
 
 
 def masks_at(masks_Qhw: Tensor, frame: Frame) -> Tensor:

@@ -1,0 +1,55 @@
+"""The loss of both stages: set prediction's, with the terms that the stage can learn from."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from batchformer.tasks.set_prediction.losses import LossWeights, SetCriterion
+from batchformer.tasks.set_prediction.matching import MatchCosts
+
+from .settings import LossSettings
+
+__all__ = ["stage_criterion"]
+
+
+def stage_criterion(
+    settings: LossSettings,
+    num_classes: int,
+    stage: Literal["detector", "masks"],
+    *,
+    two_streams: bool | Callable[[], bool] = False,
+    stream_weights: Sequence[float] = (1.0, 1.0),
+) -> SetCriterion:
+    """The criterion of a stage.
+
+    The mask head learns from the masks' focal and dice loss alone: the detector under it is frozen, its own terms would
+    be constants in the sum. Matching is the same in both stages.
+
+    Args:
+        settings: Weights.
+        num_classes: K, things and stuff together.
+        stage: Which.
+        two_streams: Whether the rows are [plain; mixed], or what tells.
+        stream_weights: Of the plain and the mixed stream.
+
+    Source:
+        Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, sections 3.1 and 4.4, and
+        appendix A.2 for the dice loss.
+
+    Example:
+        >>> stage_criterion(LossSettings(), 7, "masks").weights
+        LossWeights(class_=0.0, l1=0.0, giou=0.0, mask=1.0, dice=1.0)
+    """
+    if stage == "masks":
+        weights = LossWeights(class_=0.0, l1=0.0, giou=0.0, mask=settings.mask_weight, dice=settings.dice_weight)
+    else:
+        weights = LossWeights(settings.class_weight, settings.l1_weight, settings.giou_weight)
+    return SetCriterion(
+        num_classes,
+        "softmax",
+        weights,
+        MatchCosts("softmax", settings.class_weight, settings.l1_weight, settings.giou_weight),
+        eos=settings.no_object_weight,
+        cardinality=False,
+        two_streams=two_streams,
+        stream_weights=stream_weights,
+    )

@@ -1,0 +1,126 @@
+"""Panoptic maps as pictures: colours over the image, borders, names, and several maps of one image side by side.
+
+Axis letters: H, W pixels, S segments.
+"""
+
+import colorsys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .maps import PanopticMap
+
+__all__ = ["draw", "side_by_side"]
+
+_GOLDEN = 0.61803398875
+_LEAST = 320
+"""Pixels of the longer side that a picture has at least: names must be readable."""
+
+
+def draw(image: Image.Image, segments: PanopticMap, classes: Sequence[str], is_thing: Sequence[bool]) -> Image.Image:
+    """Draw a panoptic map over its image.
+
+    A class has its hue; instances of a thing differ in brightness; stuff is paler. Void keeps the image's own colours.
+
+    Args:
+        image: Of the map's size.
+        segments: The map.
+        classes: Names, by class index.
+        is_thing: By class index.
+
+    Returns:
+        A new picture, small ones enlarged so that the names can be read.
+
+    Raises:
+        ValueError: When image and map differ in size.
+
+    Example:
+        >>> import torch
+        >>> whole = PanopticMap.of(torch.ones(20, 30, dtype=torch.long), [1], [0])
+        >>> draw(Image.new("RGB", (30, 20)), whole, ["sky"], [False]).size
+        (330, 220)
+    """
+    height, width = segments.ids_HW.shape
+    if image.size != (width, height):
+        raise ValueError(
+            f"Expected an image of the map's size {width} x {height}, got {image.size[0]} x {image.size[1]}."
+        )
+    factor = max(1, -(-_LEAST // max(image.size)))
+    ids_HW = segments.ids_HW.cpu().repeat_interleave(factor, 0).repeat_interleave(factor, 1).numpy()
+    labels = segments.labels_S.tolist()
+    colours = np.array([(0.0, 0.0, 0.0), *_colours(labels, is_thing)])
+    pixels = np.asarray(image.convert("RGB").resize((width * factor, height * factor)), dtype=np.float64)
+    painted = np.where(ids_HW[..., None] > 0, 0.4 * pixels + 0.6 * 255 * colours[ids_HW], pixels)
+    painted[_borders(ids_HW)] = 255
+    picture = Image.fromarray(painted.round().astype(np.uint8))
+    _write_names(picture, ids_HW, [classes[label] for label in labels])
+    return picture
+
+
+def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Pictures of one size in a row, each under its title.
+
+    Args:
+        panels: Title and picture; smaller pictures are enlarged to the tallest.
+
+    Raises:
+        ValueError: For no panels.
+
+    Example:
+        >>> tile = Image.new("RGB", (30, 20))
+        >>> side_by_side([("image", tile), ("truth", tile)]).size
+        (64, 38)
+    """
+    if not panels:
+        raise ValueError("Expected at least one picture to put into a row, got none.")
+    height = max(picture.height for _, picture in panels)
+    pictures = [
+        picture
+        if picture.height == height
+        else picture.resize((round(picture.width * height / picture.height), height))
+        for _, picture in panels
+    ]
+    gap, title = 4, 18
+    row = Image.new("RGB", (sum(p.width for p in pictures) + gap * (len(pictures) - 1), height + title), "white")
+    pen, font, left = ImageDraw.Draw(row), ImageFont.load_default(), 0
+    for (words, _), picture in zip(panels, pictures, strict=True):
+        pen.text((left + 2, 3), words, fill="black", font=font)
+        row.paste(picture, (left, title))
+        left += picture.width + gap
+    return row
+
+
+def _colours(labels: Sequence[int], is_thing: Sequence[bool]) -> list[tuple[float, float, float]]:
+    """Red, green, blue in 0..1 of each segment; a function of class, and of the place among its class."""
+    colours, seen = [], dict.fromkeys(labels, 0)
+    for label in labels:
+        # Neighbours among the classes get hues far apart.
+        hue = (label * _GOLDEN) % 1
+        brightness = 1.0 - 0.22 * (seen[label] % 3)
+        colours.append(colorsys.hsv_to_rgb(hue, 0.95 if is_thing[label] else 0.45, brightness))
+        seen[label] += 1
+    return colours
+
+
+def _borders(ids_HW: Any) -> Any:
+    """Pixels whose right or lower neighbour belongs to another segment."""
+    borders = np.zeros(ids_HW.shape, dtype=bool)
+    borders[:, :-1] |= ids_HW[:, :-1] != ids_HW[:, 1:]
+    borders[:-1] |= ids_HW[:-1] != ids_HW[1:]
+    return borders
+
+
+def _write_names(picture: Image.Image, ids_HW: Any, names: Sequence[str]) -> None:
+    """A name inside each segment that has room for it, at its pixel nearest to its middle."""
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default()
+    for number, name in enumerate(names, 1):
+        ys, xs = np.nonzero(ids_HW == number)
+        left, top, right, bottom = pen.textbbox((0, 0), name, font=font)
+        if len(ys) < 2 * (right - left) * (bottom - top):
+            continue
+        nearest = int(np.argmin((ys - ys.mean()) ** 2 + (xs - xs.mean()) ** 2))
+        x = min(max(0, int(xs[nearest]) - right // 2), picture.width - int(right) - 1)
+        y = min(max(0, int(ys[nearest]) - bottom // 2), picture.height - int(bottom) - 1)
+        pen.text((x, y), name, fill="white", font=font, stroke_width=1, stroke_fill="black")

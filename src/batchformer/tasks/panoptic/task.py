@@ -1,0 +1,331 @@
+"""One panoptic run: data, the two networks, plug-in, loss and metrics, wired for Lightning's Trainer."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from batchformer.core import Handle
+from batchformer.data.samplers import derive_seed
+from batchformer.tasks.set_prediction.average_precision import detections
+from batchformer.tasks.set_prediction.backbone import Backbone
+from batchformer.tasks.set_prediction.from_transformers import Installed, use_criterion
+from batchformer.tasks.set_prediction.optimization import DetectorOptimizerSettings, parameter_groups
+from batchformer.tasks.training.contract import ClassResult
+from batchformer.tasks.training.schedule import optimization
+from batchformer.tasks.training.settings import BatchFormerSettings, insert_plug_in
+
+from .loss import stage_criterion
+from .matched import MatchedQueries
+from .metrics import PanopticMetrics
+from .model import DETECTOR, build_detector, with_masks
+from .postprocess import Frame, instances, panoptic_map
+from .restore import DataFacts, Part, read_checkpoint
+from .settings import LossSettings, NetworkSettings, PostprocessSettings, StageSettings
+
+DIVERGED = (
+    "Lower model.optimizer.lr or model.stage.lr, raise model.optimizer.warmup_epochs, clip with "
+    "trainer.gradient_clip_val, or run with precision=32-true."
+)
+AFTER_THE_FIRST_LAYER = BatchFormerSettings(before=None, after=["model.encoder.layers.0"])
+
+
+class PanopticTask(LightningModule):
+    """Train DETR on things and stuff, then a mask head on the frozen detector; test the plain network.
+
+    BatchFormer goes behind layers of the detector's encoder (``batchformer.after`` names them as in the detector).
+    While the mask head learns it stays there, frozen with the detector, so that the mask head sees both streams; with
+    ``stage.batchformer=False`` the mask head learns on the plain detector.
+
+    The networks are built in ``setup()``, when the data has said how many classes there are. They are the same for all
+    arms of a comparison with one seed: the module draws its weights apart.
+
+    Args:
+        network: The network.
+        loss: The loss.
+        batchformer: The module and the arm.
+        optimizer: Optimizer and schedule of the detector; the mask head has a learning rate and milestones of its own.
+        stage: Detector, mask head, or one after the other.
+        postprocess: From queries to a map.
+        seed: Of initial weights and dropout.
+
+    Raises:
+        ValueError: From ``setup()``, for settings that do not go together.
+    """
+
+    primary: ClassVar[str] = "PQ"
+    class_metric: ClassVar[str] = "PQ"
+    class_count: ClassVar[str] = "training segments"
+
+    def __init__(
+        self,
+        network: NetworkSettings = NetworkSettings(),  # noqa: B008  # jsonargparse reads defaults off the signature
+        loss: LossSettings = LossSettings(),  # noqa: B008
+        batchformer: BatchFormerSettings = AFTER_THE_FIRST_LAYER,
+        optimizer: DetectorOptimizerSettings = DetectorOptimizerSettings(),  # noqa: B008
+        stage: StageSettings = StageSettings(),  # noqa: B008
+        postprocess: PostprocessSettings = PostprocessSettings(),  # noqa: B008
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.network_settings, self.loss_settings, self.plug_in = network, loss, batchformer
+        self.optimizer_settings, self.stage, self.postprocess, self.seed = optimizer, stage, postprocess, seed
+        self.network: nn.Module | None = None
+        self.part: Part = "detector"
+        self.handle: Handle | None = None
+        self.facts: DataFacts | None = None
+        self.test_seconds, self.test_images = 0.0, 0
+        self.per_class: list[float] = []
+
+    # ---------------------------------------------------------------- building
+
+    def setup(self, stage: str) -> None:
+        """Build the detector for the data at hand, once, and the mask head where the run begins with it."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.network is None:
+            self.facts = DataFacts.of(data)
+            self._check()
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed)
+                if self.stage.name == "masks":
+                    self._load_detector()
+                else:
+                    self.network = build_detector(self.network_settings, len(self.facts.classes))
+                    torch.manual_seed(derive_seed(self.seed, 1))
+                    self.handle = insert_plug_in(self.network, self.plug_in)
+            self._use_criterion()
+            if self.stage.name == "masks":
+                self._begin_masks()
+            splits = ("val", *data.test_splits)
+            self.metrics = nn.ModuleDict({name: PanopticMetrics(self.facts.is_thing) for name in splits})
+        data.prepare_features(self._backbone(), stage)
+
+    def _check(self) -> None:
+        stage, epochs = self.stage, self.trainer.max_epochs
+        if stage.name == "masks" and stage.start_from is None:
+            raise ValueError("Expected model.stage.start_from=RUN, the detector's run folder, for stage.name=masks.")
+        if stage.name == "both" and not 0 < stage.detector_epochs < (epochs or 0):
+            raise ValueError(
+                f"Expected stage.detector_epochs between 0 and trainer.max_epochs={epochs}, which both parts share, "
+                f"got {stage.detector_epochs}. Take stage.name=detector to train the detector alone."
+            )
+        if stage.name == "both" and self.trainer.world_size > 1:
+            raise ValueError(
+                f"Expected one process for stage.name=both, got {self.trainer.world_size}. Train with "
+                "stage.name=detector, then with stage.name=masks and stage.start_from=RUN."
+            )
+
+    def _load_detector(self) -> None:
+        """The detector of another run, with its BatchFormer if this run is to have it."""
+        facts, stored = cast(DataFacts, self.facts), read_checkpoint(cast(str, self.stage.start_from))
+        if stored.facts.classes != facts.classes:
+            raise ValueError(
+                f"Expected a detector of the {len(facts.classes)} classes of the data, got one of "
+                f"{len(stored.facts.classes)} or others. Take the run that was trained on this data."
+            )
+        self.network_settings = stored.settings
+        self.network = build_detector(stored.settings, len(facts.classes))
+        self.network.load_state_dict(stored.detector)
+        if self.plug_in.arm != "plain" and self.stage.batchformer:
+            self.handle = insert_plug_in(self.network, self.plug_in)
+            holder = self.network.get_submodule("batchformer")
+            if holder.state_dict() and not stored.batchformer:
+                raise ValueError(
+                    f"Expected a detector that was trained with BatchFormer, got {self.stage.start_from} without. Set "
+                    "model.stage.batchformer=false, or take model.batchformer.arm=plain."
+                )
+            holder.load_state_dict(stored.batchformer)
+
+    def _begin_masks(self) -> None:
+        """Freeze the detector and put the mask head on it; the module stays in its place, frozen too."""
+        detector = cast(nn.Module, self.network)
+        like = next(detector.parameters())
+        self.installed.remove()
+        modules = []
+        if self.handle is not None:
+            modules = self.handle.modules
+            self.handle.remove()
+            self.handle = None
+        with torch.random.fork_rng():
+            torch.manual_seed(derive_seed(self.seed, 3))
+            self.network = network = with_masks(detector)
+            if modules and self.stage.batchformer:
+                self.handle = insert_plug_in(network, _inside(self.plug_in))
+        for module, trained in zip(self.handle.modules if self.handle else [], modules, strict=False):
+            module.load_state_dict(trained.state_dict())
+            module.freeze()
+        network.to(device=like.device, dtype=like.dtype)
+        self.part = "masks"
+        self._use_criterion()
+        # After the insertion, whose hooks double the labels.
+        MatchedQueries(network, self.installed.criterion.match_costs)
+
+    def _use_criterion(self) -> None:
+        criterion = stage_criterion(
+            self.loss_settings,
+            len(cast(DataFacts, self.facts).classes),
+            self.part,
+            two_streams=lambda: self.handle is not None and self.handle.doubles,
+            stream_weights=self.plug_in.stream_weights,
+        )
+        self.installed: Installed = use_criterion(cast(nn.Module, self.network), criterion)
+
+    def _backbone(self) -> Backbone:
+        return next(module for module in cast(nn.Module, self.network).modules() if isinstance(module, Backbone))
+
+    # ---------------------------------------------------------------- steps
+
+    def forward(self, batch: dict[str, Any], labels: Any = None) -> Any:
+        """What the network returns for a batch of `PanopticData`."""
+        with self._backbone().serving(batch.get("features")):
+            return cast(nn.Module, self.network)(
+                pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"], labels=labels
+            )
+
+    def on_train_epoch_start(self) -> None:
+        """Go over to the mask head when its time has come, with an optimizer of its own."""
+        if self.stage.name == "both" and self.part == "detector" and self.current_epoch >= self.stage.detector_epochs:
+            self._begin_masks()
+            self.trainer.strategy.setup_optimizers(self.trainer)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make dropout a function of (seed, epoch, batch): a resumed run draws what an uninterrupted one drew."""
+        torch.manual_seed(derive_seed(self.seed, 2, self.current_epoch, batch_idx, self.global_rank))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The mean of both streams' losses (or the one stream's)."""
+        try:
+            output = self(batch, batch["labels"])
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"{error} This was in epoch {self.current_epoch}, batch {batch_idx}. {DIVERGED}"
+            ) from error
+        size = len(batch["labels"])
+        self.log("train_loss", output.loss, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        return cast(Tensor, output.loss)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Update the validation metrics."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update the metrics of a test split and the time for each image."""
+        self._evaluate(batch, list(self.metrics)[1 + dataloader_idx])
+
+    def _evaluate(self, batch: dict[str, Any], split: str) -> None:
+        start = time.perf_counter()
+        output, facts, labels = self(batch), cast(DataFacts, self.facts), batch["labels"]
+        if not bool(torch.isfinite(output.logits).all()):
+            raise FloatingPointError(f"Expected finite logits of the {split} images, got others. {DIVERGED}")
+        is_thing = torch.tensor(facts.is_thing, device=self.device)
+        predicted, found = [], []
+        for row in range(len(labels) if self.part == "masks" else 0):
+            frame = Frame.of(batch, row)
+            masks, logits = output.pred_masks[row], output.logits[row]
+            predicted.append(panoptic_map(logits, masks, frame, is_thing, **asdict(self.postprocess)))
+            found.append(instances(logits, masks, frame, is_thing))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        if self.trainer.testing:
+            self.test_seconds += time.perf_counter() - start
+            self.test_images += len(labels)
+        metrics = cast(PanopticMetrics, self.metrics[split])
+        sizes = torch.stack([label["orig_size"] for label in labels])
+        metrics.update_boxes(
+            detections(output.logits, output.pred_boxes, sizes, "softmax"), [label["truth_boxes"] for label in labels]
+        )
+        if predicted:
+            ids = [int(label["image_id"]) for label in labels]
+            metrics.update_maps(predicted, found, [label["truth"] for label in labels], image_ids=ids)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self._log_metrics("val", "val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics of every split, and keep the PQ of each class on the first."""
+        for split in list(self.metrics)[:0:-1]:
+            self._log_metrics(split, "test" if split == "test" else f"test_{split}")
+
+    def _log_metrics(self, split: str, prefix: str) -> None:
+        metric = cast(PanopticMetrics, self.metrics[split])
+        values = metric.compute()
+        metric.reset()
+        unknown = torch.full((len(cast(DataFacts, self.facts).classes),), torch.nan)
+        self.per_class = values.pop("per_class", unknown).tolist()
+        # The same on every rank; averaging them changes nothing, and Lightning asks for it.
+        named = {f"{prefix}_{name}": value.float().to(self.device) for name, value in values.items()}
+        self.log_dict(named, sync_dist=True)
+
+    # ---------------------------------------------------------------- optimization
+
+    def configure_optimizers(self) -> Any:
+        """AdamW for the part that trains now, with its own share of the epochs; the schedule steps with every batch."""
+        settings, epochs = self.optimizer_settings, cast(int, self.trainer.max_epochs)
+        share = epochs
+        if self.stage.name == "both":
+            share = self.stage.detector_epochs if self.part == "detector" else epochs - self.stage.detector_epochs
+        if self.part == "masks":
+            settings = replace(settings, lr=self.stage.lr, milestones=self.stage.milestones)
+        steps = int(self.trainer.estimated_stepping_batches) * share // epochs
+        groups = parameter_groups(cast(nn.Module, self.network), settings, self.plug_in)
+        of_this_part: Any = SimpleNamespace(estimated_stepping_batches=steps, max_epochs=share)
+        return optimization(groups, settings, of_this_part)
+
+    # ---------------------------------------------------------------- records
+
+    def class_results(self) -> list[ClassResult]:
+        """Each class after the test."""
+        facts = cast(DataFacts, self.facts)
+        return [ClassResult(*row) for row in zip(facts.classes, facts.counts, self.per_class, strict=True)]
+
+    def notes(self) -> list[str]:
+        """What trained last, and what the data's policy did."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        network = cast(nn.Module, self.network)
+        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        part = "the mask head on the frozen detector" if self.part == "masks" else "the detector"
+        return [f"Trained last: {part}, {trained:,} parameters.", self._backbone().note(), *data.notes()]
+
+    @staticmethod
+    def not_comparable(setting: Callable[[str], Any]) -> str | None:
+        """A detector alone has no masks, and so no PQ to compare."""
+        if setting("model.stage.name") == "detector":
+            return "arms are compared by PQ, which a detector without its mask head has not"
+        return None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what it takes to build the plain network again: plain types, loadable weights-only."""
+        checkpoint["panoptic"] = {
+            "part": self.part,
+            "network": asdict(self.network_settings),
+            "postprocess": asdict(self.postprocess),
+            "data": asdict(cast(DataFacts, self.facts)),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go over to the mask head if the run had; refuse to go on with other data.
+
+        Raises:
+            ValueError: When classes or counts differ from those that the run was started with.
+        """
+        stored, now = checkpoint["panoptic"], asdict(cast(DataFacts, self.facts))
+        for key, what in (("classes", "classes"), ("counts", "training segments of each class")):
+            if stored["data"][key] != now[key]:
+                raise ValueError(
+                    f"Expected the data that this run was trained on, but the {what} have changed. Bring it back, or "
+                    "start another run."
+                )
+        if stored["part"] == "masks" and self.part == "detector":
+            self._begin_masks()
+
+
+def _inside(plug_in: BatchFormerSettings) -> BatchFormerSettings:
+    """The same places, named from the network around the detector."""
+    after = [plug_in.after] if isinstance(plug_in.after, str) else plug_in.after
+    return replace(plug_in, after=[f"{DETECTOR}.{name}" for name in after or []])

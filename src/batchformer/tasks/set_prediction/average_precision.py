@@ -1,0 +1,177 @@
+"""COCO's average precision of boxes or masks, and the boxes that each detector is scored by.
+
+Axis letters: B images, Q queries, K classes, D detections, T targets, H, W pixels.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["AP_NAMES", "AveragePrecision", "detections"]
+
+AP_NAMES = {
+    "AP": "map",
+    "AP50": "map_50",
+    "AP75": "map_75",
+    "APS": "map_small",
+    "APM": "map_medium",
+    "APL": "map_large",
+}
+"""The papers' names of COCO's numbers, and torchmetrics'."""
+
+
+def detections(
+    logits_BQK: Tensor, boxes_BQ4: Tensor, sizes_B2: Tensor, kind: Literal["softmax", "focal"], top: int = 100
+) -> list[dict[str, Tensor]]:
+    """Scored boxes in pixels, as each detector was published.
+
+    ``"softmax"`` (DETR): one detection for each query, its best class but "no object", which is the last.
+    ``"focal"`` (Conditional DETR, Deformable DETR, SMCA): the ``top`` best pairs of query and class.
+
+    Args:
+        logits_BQK: (B, Q, K), with softmax (B, Q, K + 1).
+        boxes_BQ4: Normalised center x, center y, width, height.
+        sizes_B2: Height and width of the images in pixels.
+        kind: How scores follow from logits.
+        top: Most detections of an image; COCO counts the best 100.
+
+    Returns:
+        For each image ``scores`` (D,), best first, ``labels`` (D,) in 0..K-1, and ``boxes`` (D, 4) x1, y1, x2, y2.
+
+    Source:
+        DETR, section 3.1 and appendix; Deformable DETR, appendix A.4 (the best pairs of query and class).
+
+    Example:
+        >>> logits, boxes = torch.tensor([[[2.0, -3.0], [-3.0, 1.0]]]), torch.tensor([[[0.5, 0.5, 0.5, 0.5]] * 2])
+        >>> found = detections(logits, boxes, torch.tensor([[100, 200]]), "focal", top=2)[0]
+        >>> found["labels"].tolist(), found["boxes"][0].tolist()
+        ([0, 1], [50.0, 25.0, 150.0, 75.0])
+    """
+    logits_BQK, boxes_BQ4 = logits_BQK.float(), boxes_BQ4.float()
+    if kind == "softmax":
+        scores_BD, labels_BD = logits_BQK.softmax(-1)[..., :-1].max(-1)
+        scores_BD, queries_BD = scores_BD.sort(dim=1, descending=True, stable=True)
+        scores_BD, queries_BD = scores_BD[:, :top], queries_BD[:, :top]
+        labels_BD = labels_BD.gather(1, queries_BD)
+    else:
+        classes = logits_BQK.shape[-1]
+        pairs_BP = logits_BQK.sigmoid().flatten(1)
+        scores_BD, pairs_BD = pairs_BP.topk(min(top, pairs_BP.shape[1]), dim=1)
+        queries_BD, labels_BD = pairs_BD // classes, pairs_BD % classes
+    boxes_BD4 = boxes_BQ4.gather(1, queries_BD[..., None].expand(-1, -1, 4))
+    center, half = boxes_BD4[..., :2], boxes_BD4[..., 2:] / 2
+    height, width = sizes_B2.to(boxes_BD4).unbind(1)
+    scale_B4 = torch.stack([width, height, width, height], dim=1)
+    boxes_BD4 = torch.cat([center - half, center + half], dim=-1) * scale_B4[:, None]
+    return [
+        {"scores": scores, "labels": labels, "boxes": boxes}
+        for scores, labels, boxes in zip(scores_BD, labels_BD, boxes_BD4, strict=True)
+    ]
+
+
+class AveragePrecision(nn.Module):
+    """COCO's AP over all images of all processes, computed by torchmetrics on a fast backend.
+
+    An image is counted once, by its id, however often a process was given it. Values are fractions of 1; a size or a
+    class without a target is NaN. Masks are kept run-length encoded.
+
+    Args:
+        num_classes: K.
+        iou: Whether ``boxes`` or ``masks`` are compared.
+
+    Raises:
+        ImportError: When torchmetrics' backend is missing.
+
+    Source:
+        The COCO detection evaluation: AP over IoU .50:.05:.95, small < 32^2 <= medium <= 96^2 < large pixels, 100
+        detections an image, crowds ignored.
+
+    Example:
+        >>> metric = AveragePrecision(2)
+        >>> box = torch.tensor([[10.0, 10.0, 60.0, 60.0]])
+        >>> truth = {"image_id": 7, "boxes": box, "labels": torch.tensor([1])}
+        >>> metric.update([{"scores": torch.tensor([0.9]), "labels": torch.tensor([1]), "boxes": box}], [truth])
+        >>> metric.compute()["AP"]
+        tensor(1.)
+    """
+
+    def __init__(self, num_classes: int, iou: Literal["boxes", "masks"] = "boxes") -> None:
+        super().__init__()
+        self.num_classes, self.iou = num_classes, iou
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all images."""
+        self.ids: dict[int, None] = {}
+        # In a list: no part of the module, so that nobody moves or gathers it.
+        self._metric = [_average_precision(self.iou)]
+
+    def update(self, found: Sequence[dict[str, Tensor]], truths: Sequence[dict[str, Any]]) -> None:
+        """Add images.
+
+        Args:
+            found: What :func:`detections` returns; with masks ``masks`` (D, H, W) bool in place of ``boxes``.
+            truths: For each image ``image_id``, ``boxes`` (T, 4) x1, y1, x2, y2 in pixels or ``masks`` (T, H, W) bool,
+                ``labels`` (T,), and where it is known ``area`` and ``iscrowd`` (T,).
+        """
+        for one, truth in zip(found, truths, strict=True):
+            number = int(truth["image_id"])
+            if number not in self.ids:
+                self.ids[number] = None
+                rest = {name: torch.as_tensor(value).cpu() for name, value in truth.items() if name != "image_id"}
+                self._metric[0].update([{name: value.cpu() for name, value in one.items()}], [rest])
+
+    def compute(self) -> dict[str, Tensor]:
+        """AP of all kinds.
+
+        Returns:
+            Scalars under "AP", "AP50", "AP75", "APS", "APM", "APL", and (K,) under "per_class".
+        """
+        values = self._of_all_processes().compute()
+        result = {name: _nan_for_absent(values[key]) for name, key in AP_NAMES.items()}
+        per_class = torch.full((self.num_classes,), torch.nan)
+        classes, precision = torch.atleast_1d(values["classes"]), torch.atleast_1d(values["map_per_class"])
+        if len(precision) == len(classes):
+            per_class[classes.long()] = _nan_for_absent(precision.float())
+        return {**result, "per_class": per_class}
+
+    def _of_all_processes(self) -> Any:
+        """A metric of every image once, in the order of their ids."""
+        # Not torchmetrics' own gathering: with lists of unequal length on the ranks it waits for ever.
+        parts: list[Any] = [(list(self.ids), self._metric[0].metric_state)]
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            mine, parts = parts[0], [None] * dist.get_world_size()
+            dist.all_gather_object(parts, mine)
+        places = {number: (part, index) for part, (ids, _) in enumerate(parts) for index, number in enumerate(ids)}
+        whole = _average_precision(self.iou)
+        for name in whole.metric_state:
+            # Of boxes and masks, one list is empty.
+            kept = [parts[part][1][name][index] for _, (part, index) in sorted(places.items()) if parts[part][1][name]]
+            setattr(whole, name, kept)
+        whole._update_count = 1
+        return whole
+
+
+def _average_precision(iou: Literal["boxes", "masks"]) -> Any:
+    try:
+        from torchmetrics.detection import MeanAveragePrecision
+
+        metric = MeanAveragePrecision(
+            iou_type="bbox" if iou == "boxes" else "segm",
+            class_metrics=True,
+            backend="faster_coco_eval",
+            sync_on_compute=False,
+        )
+    except (ImportError, ModuleNotFoundError) as error:
+        raise ImportError("COCO's AP needs faster-coco-eval: pip install 'batchformer[detection]'") from error
+    metric.warn_on_many_detections = False  # COCO counts the best hundred, and that is meant
+    return metric
+
+
+def _nan_for_absent(values: Tensor) -> Tensor:
+    """COCO says -1 where there was nothing to measure."""
+    values = values.float()
+    return torch.where(values < 0, torch.full_like(values, torch.nan), values)
