@@ -25,16 +25,17 @@ def in_threads(function: Callable[[_T], _R], items: Sequence[_T], title: str) ->
         return list(tqdm(pool.map(function, items), title, len(items), disable=None, leave=False))
 
 
-def decode(path: Path, channels: int) -> Image.Image:
+def decode(path: Path, channels: int, *, upright: bool = True) -> Image.Image:
     """Open an image of any kind as 8-bit grey (``channels=1``) or RGB (3), upright and opaque.
 
-    Transparent pixels become white, 16-bit grey is scaled down, camera orientation is applied, the first frame counts.
+    Transparent pixels become white, 16-bit grey is scaled down, camera orientation is applied (unless ``upright`` is
+    off: boxes are drawn on the pixels as they are stored), the first frame counts.
 
     Raises:
         OSError: Pillow cannot decode the file.
     """
     with Image.open(path) as opened:
-        image: Image.Image = ImageOps.exif_transpose(opened)
+        image: Image.Image = ImageOps.exif_transpose(opened) if upright else opened
         if image.mode.startswith("I") or image.mode == "F":
             pixels = np.asarray(image, dtype=np.float64)
             image = Image.fromarray((pixels / (257 if pixels.max() > 255 else 1)).clip(0, 255).astype(np.uint8))

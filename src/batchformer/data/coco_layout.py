@@ -1,0 +1,87 @@
+"""Where the files of a COCO folder lie.
+
+For a split such as ``train``::
+
+    annotations/instances_train2017.json   train2017/*.jpg      as COCO is published
+    annotations/instances_train.json       train/*.jpg          the same without the year
+    train/_annotations.coco.json           train/*.jpg          as labelling tools export it
+    annotations/panoptic_train2017.json    annotations/panoptic_train2017/*.png (or panoptic_train2017/)
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from .errors import DataNotFoundError
+
+__all__ = ["Kind", "find_images", "find_json", "find_segments", "splits"]
+
+Kind = Literal["instances", "panoptic"]
+_YEARS = ("", "2017", "2014")
+
+
+def splits(root: str | Path, kind: Kind = "instances") -> list[str]:
+    """The splits of a COCO folder, by their JSON files, without years.
+
+    Example:
+        >>> splits("no/such/folder")
+        []
+    """
+    root = Path(root).expanduser()
+    found = [path.stem.removeprefix(f"{kind}_") for path in sorted((root / "annotations").glob(f"{kind}_*.json"))]
+    if kind == "instances":
+        found += [path.parent.name for path in sorted(root.glob("*/_annotations.coco.json"))]
+    return list(dict.fromkeys(name.removesuffix("2017").removesuffix("2014") for name in found))
+
+
+def _names(split: str) -> list[str]:
+    return [f"{split}{year}" for year in _YEARS]
+
+
+def find_json(root: Path, split: str, kind: Kind) -> Path:
+    """The annotations of a split.
+
+    Raises:
+        DataNotFoundError: With the places tried and the splits that are there.
+    """
+    places = [root / "annotations" / f"{kind}_{name}.json" for name in _names(split)]
+    if kind == "instances":
+        places.append(root / split / "_annotations.coco.json")
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        here = splits(root, kind)
+        ways = [f"Splits that are there: {', '.join(here)}."] if here else []
+        ways.append("Name the file itself with annotations=..., or another folder with --data.root=PATH.")
+        raise DataNotFoundError(f"COCO annotations ({kind}) of the split {split!r}", places, ways)
+    return found
+
+
+def find_images(root: Path, split: str, source: Path) -> Path:
+    """The folder of the images that the JSON file ``source`` lists.
+
+    Raises:
+        DataNotFoundError: With the places tried.
+    """
+    if source.name == "_annotations.coco.json":
+        return source.parent
+    names = dict.fromkeys([source.stem.partition("_")[2], *_names(split)])
+    places = [place for name in names for place in (root / name, root / "images" / name)] + [root / "images"]
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        raise DataNotFoundError(f"the images of the split {split!r}", places, ["Name their folder with images=..."])
+    return found
+
+
+def find_segments(source: Path, split: str) -> Path:
+    """The folder of the panoptic PNG files of the JSON file ``source``.
+
+    Raises:
+        DataNotFoundError: With the places tried.
+    """
+    names = dict.fromkeys([source.stem, *(f"panoptic_{name}" for name in _names(split))])
+    places = [place for name in names for place in (source.parent / name, source.parent.parent / name)]
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        raise DataNotFoundError(
+            f"the panoptic PNG files of {source.name}", places, ["Unpack them beside the JSON file."]
+        )
+    return found
