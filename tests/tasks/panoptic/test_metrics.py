@@ -208,3 +208,6 @@ def test_mask_ap_counts_things_and_leaves_crowds_out() -> None:
     wrong = Instances(truth.masks_SHW[2:], torch.tensor([0.9]), torch.tensor([0]))
     metrics.update_maps([truth], [wrong], [truth], image_ids=[1])
     assert float(metrics.compute()["mask_AP"]) == 0.0
+    metrics.reset()
+    metrics.update_maps([truth], [Instances(*(part[:0] for part in wrong))], [truth], image_ids=[1])
+    assert float(metrics.compute()["mask_AP"]) == 0.0, "nothing found is no better than wrong"

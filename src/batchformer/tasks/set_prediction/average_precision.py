@@ -152,7 +152,17 @@ class AveragePrecision(nn.Module):
             kept = [parts[part][1][name][index] for _, (part, index) in sorted(places.items()) if parts[part][1][name]]
             setattr(whole, name, kept)
         whole._update_count = 1
+        if not any(len(labels) for labels in whole.detection_labels):
+            self._add_a_miss(whole)
         return whole
+
+    def _add_a_miss(self, whole: Any) -> None:
+        """Where nothing was found at all the evaluator measures nothing; a false detection changes no AP but that."""
+        wanted = [labels for labels in whole.groundtruth_labels if len(labels)]
+        if wanted:
+            empty = {"masks": torch.zeros(1, 8, 8, dtype=torch.bool), "boxes": torch.zeros(1, 4)}[self.iou]
+            miss = {self.iou: empty, "scores": torch.zeros(1), "labels": wanted[0][:1]}
+            whole.update([miss], [{self.iou: empty[:0], "labels": wanted[0][:0]}])
 
 
 def _average_precision(iou: Literal["boxes", "masks"]) -> Any:
