@@ -1,7 +1,7 @@
-"""Speed and memory of the layer and of a model with it: ratios against a reference in the same run.
+"""Speed and memory of the layer, a model with it and detection's loss: ratios against a reference in the same run.
 
-python benchmarks/run.py                  everything, about 7 minutes on two cores
-python benchmarks/run.py --only layer     one of layer, memory, model, growth
+python benchmarks/run.py                  everything, about 9 minutes on two cores
+python benchmarks/run.py --only layer     one of layer, memory, model, growth, criterion
 
 Prints Markdown tables and writes them to benchmarks/results/.
 """
@@ -196,11 +196,65 @@ def bandwidth(_: float) -> Table:
     return "Share of memory bandwidth (bf16)", ["shape", "ours (ms)", "share of a copy's"], rows
 
 
+def criterion_times(seconds: float) -> Table:
+    """The loss of detectors, forward and backward on given predictions of two streams, 6 layers and 300 queries."""
+    cells = [(kind, 8, 20) for kind in ("softmax", "focal")]
+    cells += [("focal", images, 20) for images in (2, 4, 16)] + [("focal", 8, targets) for targets in (0, 5, 60, 100)]
+    rows = []
+    for kind, images, targets in cells:
+        theirs, ours = interleaved(criterion_steps(kind, images, targets), seconds)
+        row = [
+            kind,
+            f"2 x {images}",
+            str(targets),
+            f"{statistics.median(theirs):.1f}",
+            f"{statistics.median(ours):.1f}",
+        ]
+        ratios = statistics.median(theirs) / statistics.median(ours), min(theirs) / min(ours)
+        rows.append([*row, *(f"{ratio:.1f}x" for ratio in ratios)])
+    head = ["kind", "rows", "targets a row", "transformers (ms)", "ours (ms)", "faster by (median)", "faster by (best)"]
+    return "Loss of detectors, 6 layers, 300 queries, 91 classes, forward and backward", head, rows
+
+
+def criterion_steps(kind: Any, images: int, targets: int) -> list[Callable[[], None]]:
+    """A step of transformers' loss and one of ours, on the same predictions."""
+    from transformers import ConditionalDetrConfig, DetrConfig
+    from transformers.loss.loss_utils import LOSS_MAPPING
+
+    from batchformer.tasks.set_prediction.from_transformers import criterion_for
+    from batchformer.tasks.set_prediction.losses import SetOutputs
+
+    model: Any = nn.Module()
+    name, config = ("", DetrConfig) if kind == "softmax" else ("DeformableDetr", ConditionalDetrConfig)
+    model.config = config(num_labels=91, decoder_layers=6, auxiliary_loss=True)
+    logits = torch.randn(6, 2 * images, 300, 91 + (kind == "softmax"), device=DEVICE, requires_grad=True)
+    boxes = torch.rand(6, 2 * images, 300, 4, device=DEVICE, requires_grad=True)
+    labels = 2 * [
+        {"class_labels": torch.randint(91, (targets,), device=DEVICE), "boxes": torch.rand(targets, 4, device=DEVICE)}
+        for _ in range(images)
+    ]
+    reference, criterion = LOSS_MAPPING[f"{name}ForObjectDetection"], criterion_for(model)
+
+    def theirs() -> None:
+        finish(reference(logits[-1], labels, DEVICE, boxes[-1], model.config, logits, boxes)[0])
+
+    def ours() -> None:
+        finish(criterion(SetOutputs(logits, boxes), labels)["loss"])
+
+    def finish(loss: Tensor) -> None:
+        torch.autograd.grad(loss, (logits, boxes))
+        if CUDA:
+            torch.cuda.synchronize()
+
+    return [theirs, ours]
+
+
 PARTS: dict[str, Callable[[float], Table]] = {
     "layer": layer_times,
     "memory": layer_memory,
     "model": model_times,
     "growth": growth,
+    "criterion": criterion_times,
     **({"bandwidth": bandwidth} if CUDA else {}),
 }
 

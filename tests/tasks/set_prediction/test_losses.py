@@ -148,9 +148,9 @@ def slow_masks(outputs: SetOutputs, targets: Labels, c: SetCriterion) -> dict[st
 
 def slow_loss(outputs: SetOutputs, targets: Labels, c: SetCriterion) -> dict[str, float]:
     found = slow_stage(outputs.logits_LNQK, outputs.boxes_LNQ4, targets, c, ["_0", "_1", ""])
-    if outputs.encoder_logits_NSK is not None and outputs.encoder_boxes_NS4 is not None:
+    if outputs.encoder_logits_NQK is not None and outputs.encoder_boxes_NQ4 is not None:
         objects = [{**t, "class_labels": torch.zeros_like(t["class_labels"])} for t in targets]
-        proposals = outputs.encoder_logits_NSK[None], outputs.encoder_boxes_NS4[None]
+        proposals = outputs.encoder_logits_NQK[None], outputs.encoder_boxes_NQ4[None]
         found |= slow_stage(*proposals, objects, c, ["_enc"])
     if outputs.masks_NQHW is not None:
         found |= slow_masks(outputs, targets, c)
@@ -193,7 +193,7 @@ def with_gradients(outputs: SetOutputs) -> SetOutputs:
 def over_rows(outputs: SetOutputs, change: Any) -> SetOutputs:
     """``change`` of the rows of every tensor."""
     first = [change(value.transpose(0, 1)).transpose(0, 1) for value in (outputs.logits_LNQK, outputs.boxes_LNQ4)]
-    rest = (outputs.masks_NQHW, outputs.encoder_logits_NSK, outputs.encoder_boxes_NS4)
+    rest = (outputs.masks_NQHW, outputs.encoder_logits_NQK, outputs.encoder_boxes_NQ4)
     return SetOutputs(*first, *(None if value is None else change(value) for value in rest))
 
 
@@ -403,7 +403,7 @@ def test_masks_that_do_not_fit_say_where() -> None:
             criterion("softmax")(outputs, wrong)
 
 
-@pytest.mark.parametrize("where", ["logits_LNQK", "encoder_logits_NSK"])
+@pytest.mark.parametrize("where", ["logits_LNQK", "encoder_logits_NQK"])
 def test_a_diverged_run_stops(where: str) -> None:
     outputs, targets = scene("focal")
     getattr(outputs, where).view(-1)[0] = math.nan

@@ -1,4 +1,4 @@
-"""The number of targets is the ranks' mean: real processes on gloo with uneven targets, gradients against one process."""
+"""The number of targets is the ranks' mean: real processes on gloo, uneven targets, gradients against one process."""
 
 import datetime
 import traceback

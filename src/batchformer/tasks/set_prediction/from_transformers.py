@@ -7,7 +7,10 @@ What differs between their losses and the publications (``criterion_for`` follow
 
 - the class term weighs 1 in transformers' total whatever ``cls_loss_coefficient`` says; published is 2 (focal kind);
 - the focal kind is matched with alpha 0.25 and gamma 2 whatever ``focal_alpha`` says; so is it here;
-- two-stage Deformable DETR gets no loss on its encoder's proposals in transformers; here it does, as published.
+- two-stage Deformable DETR gets no loss on its encoder's proposals in transformers; here it does, as published;
+- on several ranks transformers divides the number of targets by the ranks twice (accelerate's ``reduce`` gives the mean
+  already), and only if accelerate was started; here it is the ranks' mean, as published;
+- the focal kind's ``cardinality_error``, for the log only, counts by another rule in transformers 4.57.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,6 +32,9 @@ def criterion_for(model: nn.Module, **changes: Any) -> SetCriterion:
         model: A detector with ``config``: kind ("focal" where it has ``focal_alpha``), classes, costs and coefficients.
         changes: Arguments of :class:`SetCriterion` that replace what the configuration says.
 
+    Raises:
+        ValueError: For a model whose loss is another.
+
     Example:
         >>> from transformers import DeformableDetrConfig
         >>> model = nn.Module()
@@ -37,6 +43,11 @@ def criterion_for(model: nn.Module, **changes: Any) -> SetCriterion:
         ('focal', 2.0)
     """
     config: Any = model.config
+    if not hasattr(config, "giou_loss_coefficient"):
+        raise ValueError(
+            f"Expected a detector with DETR's loss, got {type(model).__name__}, whose configuration has no "
+            "giou_loss_coefficient. RT-DETR, Mask2Former and others have losses of their own: leave them as they are."
+        )
     focal = hasattr(config, "focal_alpha")
     costs = MatchCosts("focal" if focal else "softmax", config.class_cost, config.bbox_cost, config.giou_cost)
     weights = LossWeights(
@@ -167,10 +178,7 @@ class Installed:
         return found.pop("loss"), found, early
 
     def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        classes, boxes = (
-            output[-2:] if isinstance(output, tuple) else (output.enc_outputs_class, output.enc_outputs_coord_logits)
-        )
-        self._proposals = classes, boxes.sigmoid()
+        self._proposals = output.enc_outputs_class, output.enc_outputs_coord_logits.sigmoid()
 
     def _forget(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._proposals = None

@@ -1,7 +1,7 @@
 """The criterion of set prediction: match, then the terms of every decoder layer, of the masks and of the encoder.
 
-Axis letters as in matching.py: L decoder layers, N rows, Q queries, K classes, M targets, P pairs, H and W pixels, and
-S tokens of the encoder, which a two-stage detector takes for queries.
+Axis letters as in matching.py: L decoder layers, N rows, Q queries (of a two-stage encoder: its tokens), K classes, M
+targets, P pairs, H and W pixels.
 
 Losses are sums over pairs divided by the number of targets of all rows (over the ranks' mean). With two streams the
 targets are doubled: this is the mean of both streams' losses, and a run with BatchFormer has a plain run's scale.
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import terms
-from .matching import Kind, MatchCosts, Matches, Stage, match_stages, pack
+from .matching import Kind, MatchCosts, Matches, Stage, match_stages, moved, pack
 
 __all__ = ["LossWeights", "SetCriterion", "SetOutputs"]
 
@@ -33,15 +33,15 @@ class SetOutputs:
             object".
         boxes_LNQ4: Centre format, in shares of the image, 0..1.
         masks_NQHW: Mask logits of the final layer.
-        encoder_logits_NSK: Class logits of the encoder's proposals (two-stage Deformable DETR).
-        encoder_boxes_NS4: Their boxes.
+        encoder_logits_NQK: Class logits of the encoder's proposals (two-stage Deformable DETR).
+        encoder_boxes_NQ4: Their boxes.
     """
 
     logits_LNQK: Tensor
     boxes_LNQ4: Tensor
     masks_NQHW: Tensor | None = None
-    encoder_logits_NSK: Tensor | None = None
-    encoder_boxes_NS4: Tensor | None = None
+    encoder_logits_NQK: Tensor | None = None
+    encoder_boxes_NQ4: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -184,10 +184,10 @@ class SetCriterion:
             )
         packed = pack(targets, boxes)
         stages = [Stage(logits, boxes, packed)]
-        if outputs.encoder_logits_NSK is not None and outputs.encoder_boxes_NS4 is not None:
+        if outputs.encoder_logits_NQK is not None and outputs.encoder_boxes_NQ4 is not None:
             # A proposal is an object or none: the first class stands for any.
             objects = replace(packed, labels_M=torch.zeros_like(packed.labels_M))
-            logits, boxes = _upcast(outputs.encoder_logits_NSK), _upcast(outputs.encoder_boxes_NS4)
+            logits, boxes = _upcast(outputs.encoder_logits_NQK), _upcast(outputs.encoder_boxes_NQ4)
             stages.append(Stage(logits[None], boxes[None], objects))
         return stages
 
@@ -200,7 +200,7 @@ class SetCriterion:
         if rows % 2:
             raise ValueError(f"Expected two rows for each image, [plain; mixed], got {rows} rows. See two_streams.")
         weights = torch.tensor([plain] * (rows // 2) + [mixed] * (rows // 2), dtype=logits_LNQK.dtype)
-        return (2 * weights / (plain + mixed)).to(logits_LNQK.device, non_blocking=True)
+        return moved(2 * weights / (plain + mixed), logits_LNQK.device)
 
     def _stage_terms(
         self, stage: Stage, matches: Matches, count: Tensor, weights_N: Tensor | None
@@ -231,9 +231,9 @@ def _mask_terms(
     """Mask terms of the final layer, (1,), by name."""
     queries_P, targets_P = matches.queries_LP[-1], matches.targets_LP[-1]
     predicted_PHW = _upcast(masks_NQHW[matches.rows_P, queries_P])
-    own_PHW = _padded_masks(targets).to(masks_NQHW.device, non_blocking=True)[targets_P]
+    own_PHW = moved(_padded_masks(targets), masks_NQHW.device)[targets_P]
     weights_P = None if weights_N is None else weights_N[matches.rows_P]
-    focal, dice = terms.mask_distances(predicted_PHW, own_PHW, weights_P=weights_P)
+    focal, dice = terms.mask_distances(predicted_PHW, own_PHW, weights_P)
     return {"loss_mask": focal[None] / count, "loss_dice": dice[None] / count}
 
 

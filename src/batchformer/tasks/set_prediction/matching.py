@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import boxes
 
-__all__ = ["Kind", "MatchCosts", "Matches", "Stage", "Targets", "match", "match_stages", "pack", "pair_costs"]
+__all__ = ["Kind", "MatchCosts", "Matches", "Stage", "Targets", "match", "match_stages", "moved", "pack", "pair_costs"]
 
 Kind = Literal["softmax", "focal"]
 # A row whose predictions are larger is as lost as one with NaN; below it no cost overflows.
@@ -131,10 +131,10 @@ def pack(targets: Sequence[Mapping[str, Any]], like: Tensor) -> Targets:
     sizes = tuple(len(target["class_labels"]) for target in targets)
     labels_M = torch.cat([target["class_labels"] for target in targets])
     boxes_M4 = torch.cat([target["boxes"] for target in targets])
-    rows_M = _upload(np.repeat(np.arange(len(sizes)), sizes), like.device)
+    rows_M = moved(torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)), like.device)
     return Targets(
-        labels_M.to(like.device, torch.int64, non_blocking=True),
-        boxes_M4.to(like.device, like.dtype, non_blocking=True),
+        moved(labels_M, like.device, torch.int64),
+        moved(boxes_M4, like.device, like.dtype),
         rows_M,
         sizes,
     )
@@ -226,8 +226,8 @@ def _assign(cost_LMQ: NDArray[Any], targets: Targets) -> Matches:
         np.concatenate(found).reshape(len(cost_LMQ), -1) for found in zip(*_solve(blocks), strict=True)
     )
     rows = np.repeat(np.arange(len(sizes)), np.minimum(sizes, queries))
-    device = targets.rows_M.device
-    return Matches(_upload(rows, device), _upload(queries_of, device), _upload(of_row + starts[rows], device))
+    pairs = (rows, queries_of, of_row + starts[rows])
+    return Matches(*(moved(torch.from_numpy(x), targets.rows_M.device) for x in pairs))
 
 
 def _solve(blocks: list[NDArray[Any]]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
@@ -277,6 +277,6 @@ def _raise_faults(stage: Stage, kind: Kind, size: Any, wrong: Any, bad: Any) -> 
         )
 
 
-def _upload(array: NDArray[Any], device: torch.device) -> Tensor:
-    # Not blocking: a blocking copy would wait for the whole forward pass before the costs could be queued.
-    return torch.from_numpy(array).to(device, non_blocking=True)
+def moved(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """To the device of the predictions. To a GPU without waiting: a blocking copy would wait for the forward pass."""
+    return x.to(device, dtype, non_blocking=device.type == "cuda")
