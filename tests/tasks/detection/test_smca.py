@@ -288,15 +288,54 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert torch.allclose(outputs.pred_boxes.float(), expected.pred_boxes, atol=0.05)
 
 
-@pytest.mark.parametrize("levels", LEVELS)
-def test_export(levels: int) -> None:
+def compare_export(levels: int, shapes: Any, inputs: tuple[Tensor, Tensor, Labels]) -> None:
     model = build(levels).eval()
     pixels, mask, _ = batch()
-    program = torch.export.export(model, (pixels,), {"pixel_mask": mask}, strict=False)
-    other = batch(seed=1)[0]
-    found, expected = program.module()(other, pixel_mask=mask), model(other, pixel_mask=mask)
+    program = torch.export.export(model, (pixels,), {"pixel_mask": mask}, dynamic_shapes=shapes, strict=False)
+    pixels, mask, _ = inputs
+    found, expected = program.module()(pixels, pixel_mask=mask), model(pixels, pixel_mask=mask)
     assert torch.allclose(found.logits, expected.logits, atol=1e-5)
     assert torch.allclose(found.pred_boxes, expected.pred_boxes, atol=1e-5)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+def test_export(levels: int) -> None:
+    images = torch.export.Dim("images", min=1, max=64)
+    compare_export(levels, {"pixel_values": {0: images}, "pixel_mask": {0: images}}, batch(3, seed=1))
+
+
+@pytest.mark.slow
+def test_export_for_images_of_any_size() -> None:
+    images, side = torch.export.Dim("images", min=1, max=64), torch.export.Dim.AUTO
+    shapes = {"pixel_values": {0: images, 2: side, 3: side}, "pixel_mask": {0: images, 1: side, 2: side}}
+    compare_export(3, shapes, batch(3, seed=1, size=(96, 128)))
+
+
+class Plain(nn.Module):
+    """Tensors in, tensors out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self.model(pixels, pixel_mask=mask)
+        return outputs.logits, outputs.pred_boxes
+
+
+@pytest.mark.slow
+def test_onnx(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = Plain(build(3)).eval()
+    pixels, mask, _ = batch()
+    torch.onnx.export(model, (pixels, mask), tmp_path / "smca.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "smca.onnx")
+    other = batch(seed=1)[0]
+    names = [given.name for given in session.get_inputs()]
+    found = session.run(None, dict(zip(names, (other.numpy(), mask.numpy()), strict=True)))
+    for one, expected in zip(found, model(other, mask), strict=True):
+        assert torch.allclose(torch.from_numpy(one), expected, atol=1e-4)
 
 
 def doubled_by_hand(

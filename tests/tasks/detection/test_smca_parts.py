@@ -13,7 +13,7 @@ from batchformer.tasks.detection.smca.attention import Attention
 from batchformer.tasks.detection.smca.backbone import SmcaBackbone, freeze
 from batchformer.tasks.detection.smca.decoder import SmcaDecoder, SmcaDecoderLayer, SpatialPrior
 from batchformer.tasks.detection.smca.encoder import SmcaEncoderLayer
-from batchformer.tasks.detection.smca.prior import log_gaussian, sine_positions, valid_ratio
+from batchformer.tasks.detection.smca.prior import log_gaussian, sine_positions, valid_size
 
 SCALES = ("fixed", "single", "width_height")
 HEADS = ("independent", "shared")
@@ -133,19 +133,19 @@ def test_far_from_the_center_the_logarithm_stays_finite() -> None:
 def test_prior_of_every_query_head_and_level(scale: str, heads: str) -> None:
     prior = random_parameters(SpatialPrior(config(prior_scale=scale, prior_heads=heads, prior_beta=5.0)))
     query, reference = draw(2, Q, C), draw(2, Q, 2, seed=1)
-    ratios = torch.stack([valid_ratio(mask) for mask in masks(3)], 1)
-    for level, found in enumerate(prior(query, reference, ratios, SHAPES)):
+    sizes = torch.stack([valid_size(mask) for mask in masks(3)], 1)
+    for level, found in enumerate(prior(query, reference, sizes, SHAPES)):
         expected = expected_log_prior(prior, query, reference, level)
         assert found.shape[1] == (H if heads == "independent" else 1)
-        assert torch.allclose(found.expand_as(expected), expected, atol=1e-5)  # the ratios are fp32
+        assert torch.allclose(found.expand_as(expected), expected, atol=1e-12)
 
 
 def test_half_precision_keeps_the_positions() -> None:
     prior = SpatialPrior(config(prior_scale="fixed", prior_heads="shared")).bfloat16()
-    reference, ratios = torch.full((1, 1, 2), 0.4), torch.ones(1, 1, 2)
+    reference, sizes = torch.full((1, 1, 2), 0.4), torch.ones(1, 1, 2)
     query = torch.zeros(1, 1, C)
-    (low,) = prior(query.bfloat16(), reference, ratios, ((3, 100),))
-    (full,) = prior.float()(query, reference, ratios, ((3, 100),))
+    (low,) = prior(query.bfloat16(), reference, sizes, ((3, 100),))
+    (full,) = prior.float()(query, reference, sizes, ((3, 100),))
     assert low.dtype == torch.float32 and torch.equal(low, full)
 
 
@@ -159,8 +159,8 @@ def test_co_attention_of_a_decoder_layer(levels: int, scale: str, heads: str) ->
     states, queries, reference = draw(2, Q, C), draw(2, Q, C, seed=1), draw(2, Q, 2, seed=2)
     memory, positions = draw(2, tokens, C, seed=3), draw(2, tokens, C, seed=4)
     allowed = torch.cat([mask.flatten(1) for mask in masks(levels)], 1)
-    ratios = torch.stack([valid_ratio(mask) for mask in masks(levels)], 1)
-    arguments = (states, queries, memory, allowed, positions, reference, ratios, shapes)
+    sizes = torch.stack([valid_size(mask) for mask in masks(levels)], 1)
+    arguments = (states, queries, memory, allowed, positions, reference, sizes, shapes)
     output, weights = layer(*arguments, True)
 
     predictor = layer.prior_layer_norm(states + queries)
@@ -222,8 +222,8 @@ def test_the_reference_is_common_to_layers_and_follows_the_query_alone() -> None
     decoder = random_parameters(SmcaDecoder(config()))
     queries, memory = draw(2, Q, C), draw(2, 24, C, seed=1)
     queries[1] = queries[0]
-    ratios = torch.ones(2, 1, 2, dtype=torch.float64)
-    found = decoder(torch.zeros_like(queries), queries, memory, SHAPES[:1], ratios)
+    sizes = torch.ones(2, 1, 2, dtype=torch.float64)
+    found = decoder(torch.zeros_like(queries), queries, memory, SHAPES[:1], sizes)
     assert torch.equal(found.reference_logits[0], found.reference_logits[1])
     assert not torch.allclose(found.last_hidden_state[0], found.last_hidden_state[1])  # the images differ
     assert torch.equal(found.intermediate_hidden_states[-1], found.last_hidden_state)

@@ -64,7 +64,11 @@ class Attention(nn.Module):
             x_BHQD = F.dropout(weights_BHQS, drop) @ v_BHSD
         else:
             x_BHQD = F.scaled_dot_product_attention(q_BHQD, k_BHSD, v_BHSD, attn_mask=bias, dropout_p=drop)
-        return self.o_proj(x_BHQD.transpose(1, 2).flatten(-2)), weights_BHQS
+        x_BQHD = x_BHQD.transpose(1, 2)
+        if torch.compiler.is_compiling():
+            # torch.onnx takes attention apart into a form with other strides, of which the heads are no view.
+            x_BQHD = x_BQHD.clone(memory_format=torch.contiguous_format)
+        return self.o_proj(x_BQHD.flatten(-2)), weights_BHQS
 
 
 class FeedForward(nn.Module):

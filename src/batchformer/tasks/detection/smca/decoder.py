@@ -80,7 +80,7 @@ class SpatialPrior(nn.Module):
         self.inverse_extent = InverseExtent(config.d_model, numbers * self.heads) if numbers else None
 
     def forward(
-        self, query_BQC: Tensor, reference_logits_BQ2: Tensor, valid_ratios_BL2: Tensor, spatial_shapes: Shapes
+        self, query_BQC: Tensor, reference_logits_BQ2: Tensor, valid_sizes_BL2: Tensor, spatial_shapes: Shapes
     ) -> list[Tensor]:
         """The prior log G on each level, (B, H or 1, Q, cells of the level), at least float32."""
         dtype = torch.promote_types(query_BQC.dtype, torch.float32)  # half precision has 8 bits for a position
@@ -90,8 +90,7 @@ class SpatialPrior(nn.Module):
         inverse_BHQ2 = one if self.inverse_extent is None else self._by_head(self.inverse_extent(query_BQC)).to(dtype)
         logs = []
         for level, (rows, columns) in enumerate(spatial_shapes):
-            size_B112 = valid_ratios_BL2[:, level, None, None].to(dtype) * center_B1Q2.new_tensor([columns, rows])
-            center_BHQ2 = center_B1Q2 * size_B112 + offset_BHQ2
+            center_BHQ2 = center_B1Q2 * valid_sizes_BL2[:, level, None, None] + offset_BHQ2
             logs.append(log_gaussian(center_BHQ2, inverse_BHQ2.expand_as(center_BHQ2), (rows, columns), self.beta))
         return logs
 
@@ -137,7 +136,7 @@ class SmcaDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         encoder_attention_mask: Tensor | None,
         spatial_position_embeddings: Tensor | None,
         reference_logits: Tensor,
-        valid_ratios: Tensor,
+        valid_sizes: Tensor,
         spatial_shapes: Shapes,
         output_attentions: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -150,7 +149,7 @@ class SmcaDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
             encoder_attention_mask: (B, S), 1 or True for tokens of the image; ``None``: no padding.
             spatial_position_embeddings: (B, S, C), added to the keys.
             reference_logits: (B, Q, 2).
-            valid_ratios: (B, L, 2), see `prior.valid_ratio`.
+            valid_sizes: (B, L, 2), see `prior.valid_size`.
             spatial_shapes: (rows, columns) of each level.
             output_attentions: Also give the co-attention weights (B, H, Q, S).
 
@@ -162,7 +161,7 @@ class SmcaDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         attended, _ = self.self_attn(query, query, hidden_states, None)
         hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attended))
 
-        biases = self.prior(predictor, reference_logits, valid_ratios, spatial_shapes)
+        biases = self.prior(predictor, reference_logits, valid_sizes, spatial_shapes)
         if encoder_attention_mask is not None:
             padding = split_levels(~encoder_attention_mask.bool(), spatial_shapes)
             biases = [b.masked_fill(p[:, None, None], -torch.inf) for b, p in zip(biases, padding, strict=True)]
@@ -225,7 +224,7 @@ class SmcaDecoder(nn.Module):
         object_queries_position_embeddings: Tensor,
         encoder_hidden_states: Tensor,
         spatial_shapes: Shapes,
-        valid_ratios: Tensor,
+        valid_sizes: Tensor,
         encoder_attention_mask: Tensor | None = None,
         spatial_position_embeddings: Tensor | None = None,
         output_attentions: bool = False,
@@ -243,7 +242,7 @@ class SmcaDecoder(nn.Module):
                 encoder_attention_mask,
                 spatial_position_embeddings,
                 reference_logits,
-                valid_ratios,
+                valid_sizes,
                 spatial_shapes,
                 output_attentions,
             )

@@ -16,7 +16,7 @@ from batchformer.tasks.detection.smca.backbone import SmcaBackbone, freeze
 from batchformer.tasks.detection.smca.configuration import SmcaConfig
 from batchformer.tasks.detection.smca.decoder import MLP, InverseExtent, SmcaDecoder, SmcaModelOutput
 from batchformer.tasks.detection.smca.encoder import SmcaEncoder
-from batchformer.tasks.detection.smca.prior import sine_positions, valid_ratio
+from batchformer.tasks.detection.smca.prior import sine_positions, valid_size
 
 
 @dataclass
@@ -159,7 +159,7 @@ class SmcaModel(SmcaPreTrainedModel):
         spatial_shapes = tuple((x.shape[-2], x.shape[-1]) for x in maps)
         hidden_states = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
         attention_mask = torch.cat([mask.flatten(1) for mask in masks], 1)
-        valid_ratios = torch.stack([valid_ratio(mask) for mask in masks], 1)
+        valid_sizes = torch.stack([valid_size(mask) for mask in masks], 1)
         positions = [sine_positions(mask, self.config.d_model).to(hidden_states.dtype) for mask in masks]
         if self.level_embeddings is not None:
             positions = [p + e for p, e in zip(positions, self.level_embeddings.weight, strict=True)]
@@ -179,7 +179,7 @@ class SmcaModel(SmcaPreTrainedModel):
             encoder_attention_mask=attention_mask,
             spatial_position_embeddings=spatial_position_embeddings,
             spatial_shapes=spatial_shapes,
-            valid_ratios=valid_ratios,
+            valid_sizes=valid_sizes,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )

@@ -15,21 +15,20 @@ import torch
 from torch import Tensor
 
 
-def valid_ratio(mask_BYX: Tensor) -> Tensor:
-    """The part of a padded map that an image fills.
+def valid_size(mask_BYX: Tensor) -> Tensor:
+    """How many cells of a padded map an image fills.
 
     Args:
         mask_BYX: Boolean, True where the image is; padding is at the bottom and right.
 
     Returns:
-        (B, 2), in (0, 1], for x and y.
+        (B, 2), columns and rows.
 
     Example:
-        >>> valid_ratio(torch.tensor([[[True, True, False, False]]]))
-        tensor([[0.5000, 1.0000]])
+        >>> valid_size(torch.tensor([[[True, True, False, False]]]))
+        tensor([[2, 1]])
     """
-    valid_y, valid_x = mask_BYX[:, :, 0].sum(1), mask_BYX[:, 0, :].sum(1)
-    return torch.stack([valid_x / mask_BYX.shape[2], valid_y / mask_BYX.shape[1]], -1)
+    return torch.stack([mask_BYX[:, 0, :].sum(1), mask_BYX[:, :, 0].sum(1)], -1)
 
 
 def sine_positions(mask_BYX: Tensor, channels: int, temperature: float = 10000.0) -> Tensor:
