@@ -26,6 +26,26 @@ _SMALL = {
 _OWN_BACKBONE = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
 _RESNET = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"}
 _FOUR_LEVELS = {"stages": (2, 3, 4), "num_feature_levels": 4, "disable_custom_kernels": True}
+_RT_DETR = {
+    "encoder_hidden_dim": 32,
+    "encoder_in_channels": [8, 16, 16],
+    "decoder_in_channels": [32, 32, 32],
+    "num_attention_heads": 4,
+    "encoder_layers": 1,
+    "num_denoising": 0,
+    "stages": (2, 3, 4),
+}
+_MASK2FORMER = {
+    "feature_size": 32,
+    "mask_feature_size": 32,
+    "hidden_dim": 32,
+    "encoder_feedforward_dim": 32,
+    "dim_feedforward": 32,
+    "num_attention_heads": 4,
+    "decoder_layers": 3,
+    "train_num_points": 64,
+    "stages": (1, 2, 3, 4),
+}
 _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "detr": ("DetrForObjectDetection", {}),
     "segmentation": ("DetrForSegmentation", {"stages": (1, 2, 3, 4), "encoder_attention_heads": 8}),
@@ -38,28 +58,10 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_FOUR_LEVELS, "with_box_refine": True, "two_stage": True, "two_stage_num_proposals": 5},
     ),
     "dab": ("DabDetrForObjectDetection", {"hidden_size": 32}),
-    "rt-detr": ("RTDetrForObjectDetection", {}),
-    "rt-detr v2": ("RTDetrV2ForObjectDetection", {}),
-    "mask2former": ("Mask2FormerForUniversalSegmentation", {}),
+    "rt-detr": ("RTDetrForObjectDetection", _RT_DETR),
+    "rt-detr v2": ("RTDetrV2ForObjectDetection", _RT_DETR),
+    "mask2former": ("Mask2FormerForUniversalSegmentation", _MASK2FORMER),
     "smca": ("SmcaForObjectDetection", {"stages": (3, 4), "num_feature_levels": 3}),
-}
-_RT_DETR = {
-    "encoder_hidden_dim": 32,
-    "encoder_in_channels": [8, 16, 16],
-    "decoder_in_channels": [32, 32, 32],
-    "num_attention_heads": 4,
-    "encoder_layers": 1,
-    "num_denoising": 0,
-}
-_MASK2FORMER = {
-    "feature_size": 32,
-    "mask_feature_size": 32,
-    "hidden_dim": 32,
-    "encoder_feedforward_dim": 32,
-    "dim_feedforward": 32,
-    "num_attention_heads": 4,
-    "decoder_layers": 3,
-    "train_num_points": 64,
 }
 
 
@@ -72,18 +74,14 @@ def detector() -> Callable[..., Any]:
         torch.manual_seed(0)
         name, extra = _KINDS[kind]
         settings = {**_SMALL, **_OWN_BACKBONE, **extra, **settings}
-        backbone, stages = transformers.ResNetConfig, settings.pop("stages", (4,))
-        if kind.startswith("rt-detr"):
-            backbone, stages, settings = transformers.RTDetrResNetConfig, (2, 3, 4), {**settings, **_RT_DETR}
-        elif kind == "mask2former":
-            stages, settings = (1, 2, 3, 4), {**settings, **_MASK2FORMER}
-        settings["backbone_config"] = backbone(**_RESNET, out_features=[f"stage{stage}" for stage in stages])
+        resnet = transformers.RTDetrResNetConfig if kind.startswith("rt-detr") else transformers.ResNetConfig
+        stages = settings.pop("stages", (4,))
+        settings["backbone_config"] = resnet(**_RESNET, out_features=[f"stage{stage}" for stage in stages])
         library = transformers
         if kind == "smca":
             from batchformer.tasks.detection import smca as library
 
-            for name_of_transformers in (*_OWN_BACKBONE,):
-                settings.pop(name_of_transformers)
+            settings = {key: value for key, value in settings.items() if key not in _OWN_BACKBONE}
         config = getattr(library, re.sub("For[A-Z].*", "Config", name))(**settings)
         return getattr(library, name)(config).train()
 

@@ -49,9 +49,9 @@ _LAYER_ROWS = (
     *("spatial_position_embeddings", "position_embeddings", "object_queries"),
 )
 _LAYER_OTHERS = ("spatial_shapes", "spatial_shapes_list", "level_start_index", "output_attentions", "kwargs")
-# Outputs with an axis or list of layers first; of detectors without reference points in the encoder also the others.
-_LAYERED = ("auxiliary_outputs", "auxiliary_logits", "transformer_decoder_last_hidden_state")
-_QUERIES_FIRST = ("intermediate_hidden_states", "reference_points")
+# Outputs with layers or queries first; where the encoder's layers take no reference points, these too.
+_LAYERED = ("auxiliary_outputs", "auxiliary_logits", "transformer_decoder_hidden_states")
+_LAYERED_IN_DETR = ("intermediate_hidden_states", "reference_points")
 # Detector, stack of layers inside it, number. RT-DETR: `encoder.aifi` in 5, `encoder.encoder` in 4.57.
 _LAYER = re.compile(r"(?:(.*?)\.)?(encoder|encoder\.(?:aifi|encoder)\.\d+|decoder\.encoder)\.layers\.(\d+)")
 _PROJECTION = re.compile(r"(encoder_)?input_proj(ections?)?|adapter_\d+")
@@ -89,7 +89,8 @@ def plan(model: nn.Module, places: tuple[Place, ...]) -> Plan:
         companions={"": _rows_of(model, _MODEL_ROWS, _MODEL_OTHERS)},
         once=tuple(once),
         padding=padding_of if stack == "encoder" else None,
-        layered=_LAYERED if "reference_points" in once[-1].inputs or stack != "encoder" else _LAYERED + _QUERIES_FIRST,
+        layered=_LAYERED
+        + (_LAYERED_IN_DETR if stack == "encoder" and "reference_points" not in once[-1].inputs else ()),
     )
 
 

@@ -150,6 +150,6 @@ def _effect(model: nn.Module, handle: Any) -> str:
         effect += f"; {', '.join(inputs)} of {repr(name) if name else 'the model'} doubled"
     if handle.plan.once:
         effect += f"; once for both streams: {', '.join(repr(once.name) for once in handle.plan.once)}"
-    if handle.plan.padding is not None:
-        effect += "; padded tokens neither attend nor are attended to"
+        masked = handle.plan.padding is not None
+        effect += f"; padded tokens {'neither attend nor are attended to' if masked else 'take part'}"
     return effect

@@ -66,7 +66,7 @@ class Plan:
         once: Where the model's own inputs are among the companions: what works once, in front of the first place.
         padding: Reads the padding, boolean (rows, tokens), off the named inputs of the module at a place; ``None``
             is no padding.
-        layered: Names of outputs with a list entry or a first axis for each layer, not for each sample.
+        layered: Names of outputs whose first axis, or list, is not one of samples, see :func:`batchformer.split`.
     """
 
     places: tuple[Place, ...]

@@ -54,8 +54,8 @@ def split(outputs: T, *, layered: Sequence[str] = ()) -> tuple[T, T]:
     Args:
         outputs: A tensor with 2N rows; a dict (also transformers' ``ModelOutput``), tuple or list of such tensors; a
             list with one entry for each of 2N rows. Numbers, ``None`` and tensors without axes go to both.
-        layered: Keys of a dict whose list has an entry, or whose tensor a first axis, for each layer, with the rows
-            behind it (DETR's ``auxiliary_outputs`` and ``intermediate_hidden_states``).
+        layered: Keys of a dict whose tensors have another axis first, the rows second, or whose lists have an entry for
+            each layer (DETR's ``intermediate_hidden_states`` and ``auxiliary_outputs``).
 
     Returns:
         The same structure twice.
@@ -143,7 +143,10 @@ def _split_layers(value: Any) -> tuple[Any, Any]:
     if isinstance(value, Tensor):
         plain, mixed = _halves(value.transpose(0, 1))
         return plain.transpose(0, 1), mixed.transpose(0, 1)
-    return split(tuple(value) if isinstance(value, list) else value)
+    if isinstance(value, list | tuple):
+        plains, mixeds = zip(*(_split_layers(part) for part in value), strict=True)
+        return type(value)(plains), type(value)(mixeds)
+    return split(value)
 
 
 def _halves(rows: Any) -> tuple[Any, Any]:
