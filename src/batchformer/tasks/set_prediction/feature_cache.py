@@ -1,4 +1,4 @@
-"""Maps of a frozen backbone, computed once for every image and its mirror image, and read from then on.
+"""Maps of a frozen backbone, computed once for every image, and its mirror image where wanted, and read from then on.
 
 Axis letters: M images, C channels, h, w cells of a map.
 """
@@ -30,6 +30,7 @@ class FeatureCache:
             :meth:`key`.
         images: M.
         shapes: (C, h, w) of each map.
+        mirrored: Whether there are maps of mirror images too.
 
     Example:
         >>> import tempfile
@@ -42,14 +43,17 @@ class FeatureCache:
         (3, 0.5)
     """
 
-    def __init__(self, folder: Path, images: int, shapes: Sequence[tuple[int, int, int]]) -> None:
+    def __init__(
+        self, folder: Path, images: int, shapes: Sequence[tuple[int, int, int]], *, mirrored: bool = True
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        views = 2 if mirrored else 1
         self.images, self.shapes = images, [tuple(shape) for shape in shapes]
         self._maps = [
-            _memory(folder / f"maps-{number}.f16", np.float16, (images, 2, *shape))
+            _memory(folder / f"maps-{number}.f16", np.float16, (images, views, *shape))
             for number, shape in enumerate(self.shapes)
         ]
-        self._there = _memory(folder / "there.u8", np.uint8, (images, 2))
+        self._there = _memory(folder / "there.u8", np.uint8, (images, views))
         self._written: list[tuple[int, int]] = []
 
     @staticmethod
@@ -57,7 +61,7 @@ class FeatureCache:
         """A hash of weights, images (names, bytes, times) and size: what the maps are a function of."""
         digest = hashlib.blake2b(digest_size=12)
         for name, value in sorted(backbone.state_dict().items()):
-            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
         stated = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         facts: dict[str, Any] = {"strides": backbone.strides, "size": size, "files": stated}
         facts |= {name: getattr(backbone, name).flatten().tolist() for name in ("scale", "shift")}
