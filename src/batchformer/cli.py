@@ -17,6 +17,20 @@ OVERRIDES = (
     "See them all with: batchformer fit RECIPE --print-config"
 )
 
+SCENES = {
+    "size": (int, "pixels of each side (default: 160)"),
+    "train": (int, "training scenes (default: 3000)"),
+    "val": (int, "validation scenes (default: 200)"),
+    "test": (int, "test scenes of photographs seen in training (default: 500)"),
+    "unseen": (int, "test scenes of photographs never seen in training (default: 300)"),
+    "least_objects": (int, "fewest photographs in a scene (default: 1)"),
+    "most_objects": (int, "most photographs in a scene (default: 4)"),
+    "least_side": (float, "least longer side of a photograph over the scene's (default: 0.3)"),
+    "most_side": (float, "most of the same (default: 0.65)"),
+    "visible": (float, "share of a photograph that others may not hide (default: 0.5)"),
+    "seed": (int, "of everything (default: 0)"),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
@@ -113,6 +127,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     data.add_argument("name", nargs="?", help="data set (get needs it)")
     data.add_argument("--root", help="where data lies (default: BATCHFORMER_DATA, else ~/.cache/batchformer)")
 
+    scenes = add("scenes", _scenes, "write scenes of real photographs, boxes and masks included, as a COCO folder")
+    scenes.add_argument("folder", metavar="OUT", help="new folder")
+    for name, (kind, text) in SCENES.items():
+        scenes.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text)
+
     fit = add("fit", _fit, "one run: train, then test the plain network", OVERRIDES)
     fit.add_argument("recipe", metavar="RECIPE", help="name (batchformer ls), .yaml file, or run folder with --resume")
     fit.add_argument("--name", help="of the run folder (default: recipe, arm and seed)")
@@ -204,6 +223,15 @@ def _data(arguments: argparse.Namespace) -> None:
         found = fetch.locate(name, arguments.root)
         rows.append((name, str(found) if found else "no", fetch.describe(name).content))
     _print_columns(rows)
+
+
+def _scenes(arguments: argparse.Namespace) -> None:
+    from batchformer.data import fetch
+
+    settings = {name: value for name, value in vars(arguments).items() if name in SCENES}
+    target = Path(arguments.folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    print(fetch.make(target, fetch.get("scene-photographs"), **settings))
 
 
 def _fit(arguments: argparse.Namespace) -> None:
