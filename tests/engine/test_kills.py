@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -54,7 +55,11 @@ class Command:
 def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     command = Command(tmp_path_factory.mktemp("command"))
     yield command
-    command.server.communicate(timeout=60)
+    with command.server:
+        try:
+            command.server.communicate(timeout=60)
+        except subprocess.TimeoutExpired:  # after a test that failed
+            command.server.kill()
 
 
 def same_end(one: Path, other: Path) -> None:
@@ -171,15 +176,53 @@ def test_ctrl_c_in_a_run_resumes_where_it_stopped(command: Command, small: Small
     same_end(tmp_path / "whole", tmp_path / "my run")
 
 
-def test_a_killed_comparison_takes_its_run_along(command: Command, small: Small, tmp_path: Path) -> None:
-    words = ["compare", "longtail/folder", f"--out={tmp_path}", "--name=both", *small(epochs=200)]
-    pid = command.start(*words)
-    metrics = tmp_path / "both" / "plain" / "seed0" / "metrics.csv"
-    wait_for(metrics, 3)
-    os.kill(pid, signal.SIGKILL)
+def ended(session: int) -> None:
+    """Nothing that a process has started outlives it for long."""
+    end = time.monotonic() + 20
+    while others := [process for process in psutil.process_iter() if in_session(process.pid, session)]:
+        assert time.monotonic() < end, others
+        time.sleep(0.05)
+
+
+def in_session(pid: int, session: int) -> bool:
+    try:
+        return os.getsid(pid) == session
+    except OSError:
+        return False
+
+
+def interrupted(command: Command, pid: int) -> None:
+    """Ctrl-C reaches all processes of the terminal; the comparison alone answers."""
+    os.killpg(pid, signal.SIGINT)
+    status, said = command.end()
+    assert status == 130, said
+    assert not any(word in said for word in ("Traceback", "Warning", "leaked")), said
+    assert said.rstrip().endswith("--resume")
+    ended(pid)
+
+
+def test_ctrl_c_while_the_first_run_is_started_is_not_lost(command: Command, small: Small, tmp_path: Path) -> None:
+    pid = command.start("compare", "longtail/folder", f"--out={tmp_path}", "--name=both", *small(epochs=20000))
+    wait_for(tmp_path / "both" / "compare.json", 1)
+    interrupted(command, pid)
+    assert list(tmp_path.rglob("both*")) == []
+
+
+def test_a_comparison_goes_on_at_once_after_a_kill_and_after_ctrl_c(
+    command: Command, small: Small, tmp_path: Path
+) -> None:
+    """The run ends with the comparison; while it still holds its folder, the next attempt waits for that."""
+    words = ["compare", "longtail/folder", f"--out={tmp_path}", "--name=both", *small(epochs=20000)]
+    run = tmp_path / "both" / "plain" / "seed0"
+    killed = command.start(*words)
+    wait_for(run / "metrics.csv", 3)
+    os.kill(killed, signal.SIGKILL)
     assert command.end()[0] == -signal.SIGKILL
-    time.sleep(0.3)
-    before = metrics.read_bytes()
-    time.sleep(1)
-    assert metrics.read_bytes() == before
-    assert json.loads((tmp_path / "both" / "compare.json").read_text())["seeds"] == [0, 1, 2]  # written first
+    rows = len((run / "metrics.csv").read_text().splitlines())
+    again = command.start(*words, "--resume")
+    wait_for(run / "metrics.csv", rows + 2)
+    ended(killed)
+    interrupted(command, again)
+    torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert len(json.loads((run / "environment.json").read_text())["resumed"]) == 1
+    assert json.loads((tmp_path / "both" / "compare.json").read_text())["seeds"] == [0, 1, 2]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from functools import partial
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, cast
 
@@ -192,18 +192,28 @@ def _start(process: Any) -> None:
     """
     pressed: list[int] = []
     try:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        before = signal.signal(signal.SIGINT, lambda *_: pressed.append(1))
     except ValueError:  # not in the main thread, which alone gets Ctrl-C
+        _start_server()
         process.start()
         return
     try:
-        forkserver.ensure_running()  # in a moment; it and its children inherit that Ctrl-C is ignored
-        signal.signal(signal.SIGINT, lambda *_: pressed.append(1))
+        _start_server()
         process.start()
     finally:
         signal.signal(signal.SIGINT, before)
     if pressed:
         raise KeyboardInterrupt
+
+
+def _start_server() -> None:
+    """The server and its children inherit that Ctrl-C is blocked; here it waits, where to ignore it would lose it."""
+    resource_tracker.ensure_running()  # it unblocks Ctrl-C after its own start, so that comes first
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 def _answer(sender: Any, recipe: Path, overrides: list[str], run: Path, name: str, command: str | None) -> None:

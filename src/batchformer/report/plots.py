@@ -213,10 +213,11 @@ def plot_curves(comparison: Comparison, column: str = "train_loss") -> tuple["Fi
         mean = scale * np.array([summary.mean for summary in summaries])
         sd = scale * np.nan_to_num([summary.sd for summary in summaries])
         colour = _colour(comparison, arm)
-        ax.plot(epochs, mean, color=colour, linewidth=1.8, marker="o" if len(epochs) == 1 else None)
-        ax.fill_between(epochs, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
-        ends.append((arm, float(epochs[-1]), float(mean[-1])))
-        drawn.update(epochs)
+        done = [epoch + 1 for epoch in epochs]  # counted from 1, as in the tables
+        ax.plot(done, mean, color=colour, linewidth=1.8, marker="o" if len(epochs) == 1 else None)
+        ax.fill_between(done, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
+        ends.append((arm, float(done[-1]), float(mean[-1])))
+        drawn.update(done)
     if not ends:
         raise ReportError(f"Expected a column {column!r} in some metrics.csv of {comparison.path}, found none.")
     _plain_axes(ax)
