@@ -293,6 +293,19 @@ def test_half_precision_is_taken_to_fp32(kind: Kind, dtype: torch.dtype) -> None
         torch.testing.assert_close(found[name], value, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo's own, of the tensors between its graphs
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_step_leaves_the_criterion_out_of_its_graphs(kind: Kind) -> None:
+    outputs, targets = scene(kind)
+    outputs = with_gradients(outputs)
+    expected = 2 * criterion(kind)(outputs, targets)["loss"]
+    compiled = torch.compile(lambda given: 2 * criterion(kind)(given, targets)["loss"], backend="eager")
+    found = compiled(outputs)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert outputs.logits_LNQK.grad is not None
+
+
 # ---------------------------------------------------------------- transfers
 
 

@@ -141,8 +141,10 @@ class SetCriterion:
             ValueError: For targets that do not fit, see :func:`~batchformer.tasks.set_prediction.matching.match`.
         """
         with torch.autocast(outputs.logits_LNQK.device.type, enabled=False):
-            return self._losses(outputs, targets)
+            found: dict[str, Tensor] = self._losses(outputs, targets)
+        return found
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # the assignment leaves the device: no graph holds it
     def _losses(self, outputs: SetOutputs, targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         stages = self._stages(outputs, targets)
         matches = match_stages(stages, self.match_costs)
