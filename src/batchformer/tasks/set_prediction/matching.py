@@ -24,6 +24,8 @@ __all__ = ["Kind", "MatchCosts", "Matches", "Stage", "Targets", "match", "match_
 Kind = Literal["softmax", "focal"]
 # A row whose predictions are larger is as lost as one with NaN; below it no cost overflows.
 _LIMIT = 1e12
+# Costs that take scipy about half a millisecond, some times as long as it takes to start a thread.
+_WORTH_A_THREAD = 2**17
 
 
 @dataclass(frozen=True)
@@ -231,10 +233,10 @@ def _assign(cost_LMQ: NDArray[Any], targets: Targets) -> Matches:
 
 
 def _solve(blocks: list[NDArray[Any]]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Assign within each block (targets, queries), on as many threads as torch has: scipy releases the GIL."""
+    """Assign within each block (targets, queries), on as many threads as torch has at most: scipy frees the GIL."""
     from scipy.optimize import linear_sum_assignment
 
-    workers = torch.get_num_threads()
+    workers = min(torch.get_num_threads(), 1 + sum(block.size for block in blocks) // _WORTH_A_THREAD)
     if workers == 1:
         return [linear_sum_assignment(block) for block in blocks]
     shares = [blocks[first::workers] for first in range(workers)]
