@@ -19,7 +19,7 @@ COLOURS = {3: (230, 60, 50), 17: (60, 200, 70), 90: (120, 160, 240), 184: (130, 
 
 
 def scene(random: np.random.Generator, *, crowd: bool) -> tuple[Any, Any, list[dict[str, Any]]]:
-    """Pixels, segment ids and their list: floor under sky, boxes and plates in front, a void corner, perhaps a crowd."""
+    """Pixels, segment ids and their list: floor under sky, boxes and plates before them, a void corner, or a crowd."""
     height, width = (int(n) for n in random.integers(44, 72, 2))
     ids = np.zeros((height, width), dtype=np.int64)
     kind: dict[int, int] = {}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from batchformer.tasks.set_prediction.backbone import create_backbone, replace_backbone, stand_in
+from batchformer.tasks.set_prediction.backbone import Backbone, create_backbone, replace_backbone, stand_in
 from batchformer.tasks.set_prediction.initial_weights import initialize
 
 from .settings import NetworkSettings
@@ -93,6 +93,9 @@ def with_masks(detector: Any) -> Any:
     """
     from transformers import DetrForSegmentation
 
+    for module in detector.modules():
+        if isinstance(module, Backbone):
+            module.trains = "nothing"
     network = DetrForSegmentation(detector.config)
     setattr(network, DETECTOR, detector.requires_grad_(False))
     # The frozen detector's earlier layers have nothing to learn from.

@@ -3,11 +3,13 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from PIL import Image
 from torch import Tensor, nn
 
 from batchformer.core import Handle
@@ -21,9 +23,11 @@ from batchformer.tasks.training.schedule import optimization
 from batchformer.tasks.training.settings import BatchFormerSettings, insert_plug_in
 
 from .loss import stage_criterion
+from .maps import PanopticMap
 from .matched import MatchedQueries
 from .metrics import PanopticMetrics
 from .model import DETECTOR, build_detector, with_masks
+from .pictures import draw, side_by_side
 from .postprocess import Frame, instances, panoptic_map
 from .restore import DataFacts, Part, read_checkpoint
 from .settings import LossSettings, NetworkSettings, PostprocessSettings, StageSettings
@@ -52,6 +56,8 @@ class PanopticTask(LightningModule):
         optimizer: Optimizer and schedule of the detector; the mask head has a learning rate and milestones of its own.
         stage: Detector, mask head, or one after the other.
         postprocess: From queries to a map.
+        pictures: So many of the first test images are drawn with their true and their predicted map, into the run
+            folder's ``pictures/``; a report shows those of several arms side by side.
         seed: Of initial weights and dropout.
 
     Raises:
@@ -70,17 +76,20 @@ class PanopticTask(LightningModule):
         optimizer: DetectorOptimizerSettings = DetectorOptimizerSettings(),  # noqa: B008
         stage: StageSettings = StageSettings(),  # noqa: B008
         postprocess: PostprocessSettings = PostprocessSettings(),  # noqa: B008
+        pictures: int = 8,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.network_settings, self.loss_settings, self.plug_in = network, loss, batchformer
         self.optimizer_settings, self.stage, self.postprocess, self.seed = optimizer, stage, postprocess, seed
+        self.pictures = pictures
         self.network: nn.Module | None = None
         self.part: Part = "detector"
         self.handle: Handle | None = None
         self.facts: DataFacts | None = None
         self.test_seconds, self.test_images = 0.0, 0
         self.per_class: list[float] = []
+        self.drawn: list[tuple[str, PanopticMap, PanopticMap]] = []
 
     # ---------------------------------------------------------------- building
 
@@ -240,17 +249,33 @@ class PanopticTask(LightningModule):
             detections(output.logits, output.pred_boxes, sizes, "softmax"), [label["truth_boxes"] for label in labels]
         )
         if predicted:
-            ids = [int(label["image_id"]) for label in labels]
-            metrics.update_maps(predicted, found, [label["truth"] for label in labels], image_ids=ids)
+            ids, truth = [int(label["image_id"]) for label in labels], [label["truth"] for label in labels]
+            metrics.update_maps(predicted, found, truth, image_ids=ids)
+            if split == "test":
+                self.drawn += zip([label["file"] for label in labels], truth, predicted, strict=True)
+                del self.drawn[self.pictures :]
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
         self._log_metrics("val", "val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the test metrics of every split, and keep the PQ of each class on the first."""
+        """Log the test metrics of every split, keep the PQ of each class on the first, and draw pictures of it."""
         for split in list(self.metrics)[:0:-1]:
             self._log_metrics(split, "test" if split == "test" else f"test_{split}")
+        if self.trainer.is_global_zero:
+            self._draw(Path(self.trainer.default_root_dir) / "pictures")
+        self.drawn.clear()
+
+    def _draw(self, folder: Path) -> None:
+        facts = cast(DataFacts, self.facts)
+        for file, truth, predicted in self.drawn:
+            folder.mkdir(parents=True, exist_ok=True)
+            with Image.open(file) as opened:
+                image = opened.convert("RGB")
+            maps = ((name, draw(image, x, facts.classes, facts.is_thing)) for name, x in
+                    (("truth", truth), (self.plug_in.arm, predicted)))  # fmt: skip
+            side_by_side([("image", image), *maps]).save(folder / f"{Path(file).stem}.png")
 
     def _log_metrics(self, split: str, prefix: str) -> None:
         metric = cast(PanopticMetrics, self.metrics[split])

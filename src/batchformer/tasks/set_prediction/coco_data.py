@@ -1,0 +1,257 @@
+"""Data of detection and panoptic segmentation: a COCO folder read, counted, and served as batches, or as cached maps.
+
+Everything is a function of the data and the seeds in the arguments. Axes: M images, K classes, C channels.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from batchformer.data import coco, fetch
+from batchformer.data.detection_transforms import CocoDetection, Transform, collate, eval_transform, train_transform
+from batchformer.data.errors import DataError
+from batchformer.data.keyed_loader import KeyedLoader
+from batchformer.data.samplers import EpochSampler, EvalSampler, generator
+from batchformer.tasks.set_prediction.backbone import Backbone
+from batchformer.tasks.set_prediction.cached_data import CachedDetection, cached, collate_cached
+
+__all__ = ["CocoData"]
+
+
+class CocoData(LightningDataModule):
+    """Batches in transformers' convention, from a COCO folder or the scenes that are fetched.
+
+    After ``setup()``: ``categories``, ``counts`` (training boxes of each class, (K,)), ``test_splits``.
+
+    Splits are ``train``, ``val`` (or ``valid``) and ``test``; without ``val``, validation is on ``test``, and without
+    ``test`` (COCO, whose test boxes are not public) the test is on ``val``, so select nothing by it. A split ``unseen``
+    is tested too, apart.
+
+    Args:
+        dataset: ``coco`` and ``folder`` are read from ``root``; ``scenes`` are fetched and written on first use.
+        root: The COCO folder; for ``scenes`` the data root, ``None``: ``BATCHFORMER_DATA``, else
+            ``~/.cache/batchformer``.
+        size: Short side of an image in pixels; with cached features the long side, so that all maps are of one size.
+        max_size: Most pixels of the long side; ``None``: DETR's 1333 for 800, in proportion.
+        augment: ``detr``: mirror images, scales from 0.6 to 1 times ``size``, and cuts. ``flip``: mirror images alone.
+            ``nothing``.
+        cache_features: Compute the maps of a frozen backbone once for every image and its mirror image, and train on
+            them; ``augment`` must then be ``flip`` or ``nothing``.
+        train_images: So many training images, chosen by ``subset_seed``; ``None`` takes all.
+        subset_seed: See ``train_images``.
+        policy: ``strict``: boxes outside their image or without area are errors and not counted and mended.
+        seed: Seed of order and augmentation. Change it per run.
+        batch_size: Training images per batch and process.
+        eval_batch_size: The same for evaluation.
+        num_workers: Worker processes for image files; ``None`` means one per core, at most 8.
+        drop_last: Leave out training images that fill no batch; ``None`` means only if there is a full batch.
+
+    Raises:
+        DataError: From ``setup()``, when the data cannot be used; all problems of one kind in one message.
+        DataNotFoundError: From ``setup()``, when it is not there; says where it looked and what to do.
+    """
+
+    kind: ClassVar[coco.Kind] = "instances"
+
+    categories: tuple[coco.Category, ...]
+    counts: Tensor
+    test_splits: list[str]
+
+    def __init__(
+        self,
+        dataset: Literal["coco", "folder", "scenes"] = "scenes",
+        root: str | Path | None = None,
+        *,
+        size: int = 800,
+        max_size: int | None = None,
+        augment: Literal["detr", "flip", "nothing"] = "detr",
+        cache_features: bool = False,
+        train_images: int | None = None,
+        subset_seed: int = 0,
+        policy: Literal["tolerant", "strict"] = "tolerant",
+        seed: int = 0,
+        batch_size: int = 2,
+        eval_batch_size: int = 2,
+        num_workers: int | None = None,
+        drop_last: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if cache_features and augment == "detr":
+            raise ValueError(
+                "Expected data.augment=flip or nothing with data.cache_features: maps of scaled and cut images cannot "
+                "be computed once for all epochs."
+            )
+        self.dataset, self.root, self.size, self.augment = dataset, root, size, augment
+        self.max_size = size if cache_features else round(size * 1333 / 800) if max_size is None else max_size
+        self.cache_features, self.train_images, self.subset_seed = cache_features, train_images, subset_seed
+        self.policy, self.seed = policy, seed
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.num_workers, self.drop_last = num_workers, drop_last
+        self._splits: dict[str, coco.CocoSplit] = {}
+        self._cached: dict[str, CachedDetection] = {}
+
+    # ---------------------------------------------------------------- reading
+
+    def prepare_data(self) -> None:
+        """Fetch and write the scenes if they are absent."""
+        if self.dataset == "scenes":
+            fetch.get("scenes", self.root)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and count. A second call does nothing."""
+        if self._splits:
+            return
+        root = self._folder()
+        names = coco.splits(root, self.kind) or ["train"]  # reading `train` then says what is missing
+        val = next((name for name in ("val", "valid") if name in names), None)
+        parts = {"train": "train", "val": val or "test", "test": "test" if "test" in names else val or "test"}
+        parts |= {"unseen": "unseen"} if "unseen" in names else {}
+        read = {
+            name: coco.open_split(root, name, kind=self.kind, policy=self.policy)
+            for name in dict.fromkeys(parts.values())
+        }
+        splits = {part: read[name] for part, name in parts.items()}
+        self.categories = splits["train"].categories
+        for split in read.values():
+            if split.categories != self.categories:
+                theirs, ours = ([f"{c.id} {c.name}" for c in s.categories][:5] for s in (split, splits["train"]))
+                raise DataError(
+                    f"Expected the same categories in all splits of {root}, but those of {split.name!r} are {theirs} "
+                    f"and those of 'train' {ours}."
+                )
+        splits["train"] = self._cut(splits["train"])
+        self.counts = splits["train"].counts()
+        if not int(self.counts.sum()):
+            raise DataError(f"Expected boxes in the training images of {root}, got none.")
+        self.test_splits = ["test", *(["unseen"] if "unseen" in splits else [])]
+        self._splits = splits
+
+    def _folder(self) -> Path:
+        if self.dataset == "scenes":
+            return fetch.get("scenes", self.root)
+        if self.root is None:
+            raise DataError(
+                f"Expected the folder of the data: --data.root=PATH, with annotations/{self.kind}_train.json and "
+                "train/ (and val, test; with or without the year, as COCO is published)."
+            )
+        return Path(self.root).expanduser()
+
+    def _cut(self, train: coco.CocoSplit) -> coco.CocoSplit:
+        if self.train_images is None:
+            return train
+        if not 1 <= self.train_images <= len(train):
+            raise DataError(f"Expected train_images in 1..{len(train)}, got {self.train_images}.")
+        chosen = torch.randperm(len(train), generator=generator(self.subset_seed))[: self.train_images].sort().values
+        return replace(
+            train,
+            images=tuple(train.images[i] for i in chosen),
+            annotations=tuple(train.annotations[i] for i in chosen),
+        )
+
+    def notes(self) -> list[str]:
+        """What was read, and what the policy did, split by split."""
+        seen: dict[int, str] = {}
+        for part, split in self._splits.items():
+            seen.setdefault(id(split.findings), f"Data, {part}: {split.findings}.")
+        return list(seen.values())
+
+    # ---------------------------------------------------------------- cached features
+
+    def prepare_features(self, backbone: Backbone, stage: str) -> None:
+        """Have the maps of a frozen backbone at hand for a stage (``fit``, ``validate``, ``test``), if asked for.
+
+        Raises:
+            ValueError: When the backbone trains.
+        """
+        if not self.cache_features:
+            return
+        if backbone.trains != "nothing":
+            raise ValueError(
+                f"Expected a frozen backbone with data.cache_features, got trains={backbone.trains!r}. Set "
+                "model.network.backbone.trains=nothing, or data.cache_features=false."
+            )
+        parts = {"fit": ["train", "val"], "validate": ["val"], "test": self.test_splits}.get(stage, [])
+        rank, world = self._ranks()
+        for part in parts:
+            if part not in self._cached:
+                mirrored = part == "train" and self.augment == "flip"
+                device = None if self.trainer is None else self.trainer.strategy.root_device
+                self._cached[part] = cached(
+                    CocoDetection(self._splits[part], eval_transform(self.size, self.size), crowds=part != "train"),
+                    backbone, self.size, mirrored=mirrored, seed=self.seed, rank=rank, world_size=world, device=device,
+                    folder=fetch.data_root() / "features", labels=self._cached_labels(part),
+                )  # fmt: skip
+        if world > 1 and self.trainer is not None:
+            self.trainer.strategy.barrier("features")
+
+    # ---------------------------------------------------------------- batches
+
+    def train_dataloader(self) -> KeyedLoader:
+        """Return the training batches of this process."""
+        self.setup()
+        split, (rank, world) = self._splits["train"], self._ranks()
+        full = len(split) >= self.batch_size * world
+        sampler = EpochSampler(
+            torch.zeros(len(split), dtype=torch.int64),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            drop_last=full if self.drop_last is None else self.drop_last,
+            rank=rank,
+            world_size=world,
+        )
+        return self._loader("train", sampler)
+
+    def val_dataloader(self) -> KeyedLoader:
+        """Return the validation batches of this process."""
+        return self._evaluation("val")
+
+    def test_dataloader(self) -> list[KeyedLoader]:
+        """Return the test batches of this process, one loader for each of ``test_splits``."""
+        self.setup()
+        return [self._evaluation(part) for part in self.test_splits]
+
+    def _evaluation(self, part: str) -> KeyedLoader:
+        self.setup()
+        rank, world = self._ranks()
+        count = len(self._splits[part])
+        return self._loader(part, EvalSampler(count, batch_size=self.eval_batch_size, rank=rank, world_size=world))
+
+    def _loader(self, part: str, sampler: EpochSampler | EvalSampler) -> KeyedLoader:
+        if self.cache_features:
+            return KeyedLoader(self._cached[part], sampler, collate_cached(self._cached[part]))
+        workers = min(8, os.cpu_count() or 1) if self.num_workers is None else self.num_workers
+        transform = self._augmentation() if part == "train" else eval_transform(self.size, self.max_size)
+        return KeyedLoader(self._dataset(part, transform), sampler, collate, num_workers=workers)
+
+    def _dataset(self, part: str, transform: Transform) -> Any:
+        """Items of a split, read from files; a task that needs more in its labels adds it here."""
+        return CocoDetection(self._splits[part], transform, crowds=part != "train", seed=self.seed)
+
+    def _cached_labels(self, part: str) -> Sequence[dict[str, Any]] | None:
+        """The labels beside cached maps; ``None`` for those of boxes."""
+        return None
+
+    def _augmentation(self) -> Transform:
+        if self.augment == "nothing":
+            return eval_transform(self.size, self.max_size)
+        if self.augment == "flip":
+            return train_transform([self.size], self.max_size, crop=None)
+        return train_transform(
+            self._scaled(480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800),
+            self.max_size,
+            crop=(self._scaled(384)[0], self._scaled(600)[0]),
+            crop_scales=self._scaled(400, 500, 600),
+        )
+
+    def _scaled(self, *published: int) -> list[int]:
+        """DETR's sizes, which are for a short side of 800 pixels, for ours."""
+        return [round(pixels * self.size / 800) for pixels in published]
+
+    def _ranks(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
