@@ -21,7 +21,7 @@ ARROWS = {
     "adapters": {"adapters", "core"},
     "data": {"data"},
     "tasks": {"tasks", "core", "adapters", "data"},
-    "engine": {"engine", "tasks", "core"},
+    "engine": {"engine", "tasks", "core", "adapters"},
     "report": {"report"},
     "analysis": {"analysis", "core", "adapters"},
     "cli": {"engine", "report", "data", "analysis", "root"},

@@ -160,8 +160,10 @@ def test_resumed_without_its_seeds_a_comparison_keeps_them(
         )
     ]
     assert (tmp_path / "both/duplicate/seed5/done").exists()
+    plan = (tmp_path / "both/compare.json").read_text()
     with pytest.raises(ConfigError, match=r"model.optimizer.lr: 0.5 \(was: 0.05\)"):
         compared(small, tmp_path / "both", "--model.optimizer.lr=0.5", seeds=[3, 5, 6], resume=True)
+    assert (tmp_path / "both/compare.json").read_text() == plan
 
 
 def test_a_run_that_is_killed_is_named(small: Small, tmp_path: Path) -> None:
