@@ -107,7 +107,8 @@ def use_criterion(model: nn.Module, criterion: SetCriterion | None = None) -> "I
         >>> small = dict(d_model=16, num_queries=5, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=16,
         ...              decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2, num_labels=3)
         >>> backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], out_features=["stage1"])
-        >>> config = ConditionalDetrConfig(use_timm_backbone=False, backbone=None, backbone_config=backbone, **small)
+        >>> own = dict(use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone)
+        >>> config = ConditionalDetrConfig(**own, **small)
         >>> model = ConditionalDetrForObjectDetection(config)
         >>> installed = use_criterion(model)
         >>> target = {"class_labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.5, 0.5]])}
