@@ -223,7 +223,7 @@ def test_the_reference_is_common_to_layers_and_follows_the_query_alone() -> None
     queries, memory = draw(2, Q, C), draw(2, 24, C, seed=1)
     queries[1] = queries[0]
     sizes = torch.ones(2, 1, 2, dtype=torch.float64)
-    found = decoder(torch.zeros_like(queries), queries, memory, SHAPES[:1], sizes)
+    found = decoder(torch.zeros_like(queries), queries, memory, torch.zeros_like(memory), SHAPES[:1], sizes)
     assert torch.equal(found.reference_logits[0], found.reference_logits[1])
     assert not torch.allclose(found.last_hidden_state[0], found.last_hidden_state[1])  # the images differ
     assert torch.equal(found.intermediate_hidden_states[-1], found.last_hidden_state)
@@ -244,19 +244,18 @@ def test_sine_positions_equal_a_loop() -> None:
 
 
 NAMES = {
-    "transformers": (["embedder.c", "encoder.stages.0.c", "encoder.stages.1.c"], 2),
-    "timm resnet": (["conv1", "layer1.0.c", "layer2.0.c"], 2),
-    "timm efficientnet": (["conv_stem", "blocks.0.0.c", "blocks.1.0.c"], 2),
-    "timm flattened": (["stem_0", "stages_0.c", "stages_1.c"], 2),
+    "transformers": ["embedder.c", "encoder.stages.0.c", "encoder.stages.1.c"],
+    "timm resnet": ["conv1", "layer1.0.c", "layer2.0.c"],
+    "timm efficientnet": ["conv_stem", "blocks.0.0.c", "blocks.1.0.c"],
+    "timm flattened": ["stem_0", "stages_0.c", "stages_1.c"],
 }
 
 
 @pytest.mark.parametrize("layout", NAMES)
 @pytest.mark.parametrize("parts", [0, 1, 2, 3, 9])
 def test_freezing_counts_stem_and_stages_by_name(layout: str, parts: int) -> None:
-    names, _ = NAMES[layout]
     network = nn.Module()
-    for name in names:
+    for name in NAMES[layout]:
         at = network
         *path, last = name.split(".")
         for step in path:

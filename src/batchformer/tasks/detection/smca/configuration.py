@@ -18,7 +18,7 @@ class SmcaConfig(PretrainedConfig):  # type: ignore[misc]
     multi-scale model: strides 16, 32 and 64, five encoder layers (2 intra-scale, 1 multi-scale, 2 intra-scale).
 
     Source:
-        SMCA (arXiv 2101.07448), sections 3.2 to 3.4 and 4.1; ``prior_beta`` from the authors' code.
+        SMCA (arXiv 2101.07448), section 3.2 and the settings in section 4; ``prior_beta`` from the authors' code.
 
     Args:
         backbone_config: Configuration (or its dict) of a backbone that ``AutoBackbone`` knows; its ``out_features`` or

@@ -67,8 +67,8 @@ class SpatialPrior(nn.Module):
     same numbers make a wider window. At the start :math:`s = 1`.
 
     Source:
-        SMCA (arXiv 2101.07448), section 3.2, and 3.3 for the heads; that the inverse of the extent is predicted, from
-        weights 0 and bias 1, is from the authors' code.
+        SMCA (arXiv 2101.07448), section 3.2, dynamic spatial weight maps and multi-head modulation; that the inverse of
+        the extent is predicted, from weights 0 and bias 1, is from the authors' code.
     """
 
     def __init__(self, config: SmcaConfig) -> None:
@@ -109,7 +109,7 @@ class SmcaDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     sums to 1, so it may as well come before the sum, as it does here.
 
     Source:
-        SMCA (arXiv 2101.07448), section 3.2 for one level, 3.4 for scale selection.
+        SMCA (arXiv 2101.07448), section 3.2, spatially-modulated co-attention and multi-scale visual features.
     """
 
     def __init__(self, config: SmcaConfig) -> None:
@@ -134,7 +134,7 @@ class SmcaDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         object_queries_position_embeddings: Tensor,
         encoder_hidden_states: Tensor,
         encoder_attention_mask: Tensor | None,
-        spatial_position_embeddings: Tensor | None,
+        spatial_position_embeddings: Tensor,
         reference_logits: Tensor,
         valid_sizes: Tensor,
         spatial_shapes: Shapes,
@@ -167,9 +167,7 @@ class SmcaDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
             biases = [b.masked_fill(p[:, None, None], -torch.inf) for b, p in zip(biases, padding, strict=True)]
         attended, weights = self._co_attend(
             hidden_states + object_queries_position_embeddings,
-            encoder_hidden_states
-            if spatial_position_embeddings is None
-            else encoder_hidden_states + spatial_position_embeddings,
+            encoder_hidden_states + spatial_position_embeddings,
             encoder_hidden_states,
             biases,
             spatial_shapes,
@@ -223,10 +221,10 @@ class SmcaDecoder(nn.Module):
         inputs_embeds: Tensor,
         object_queries_position_embeddings: Tensor,
         encoder_hidden_states: Tensor,
+        spatial_position_embeddings: Tensor,
         spatial_shapes: Shapes,
         valid_sizes: Tensor,
         encoder_attention_mask: Tensor | None = None,
-        spatial_position_embeddings: Tensor | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
     ) -> SmcaModelOutput:

@@ -26,7 +26,7 @@ class SmcaEncoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     ``attention="multi_scale"``: each token attends to the tokens of all levels. With one level they are the same.
 
     Source:
-        SMCA (arXiv 2101.07448), section 3.4, intra-scale and multi-scale self-attention.
+        SMCA (arXiv 2101.07448), section 3.2, multi-scale visual features.
     """
 
     def __init__(self, config: SmcaConfig, attention: str) -> None:

@@ -197,7 +197,7 @@ class SmcaForObjectDetection(SmcaPreTrainedModel):
     siblings do; the default is the loss that transformers has for Conditional and Deformable DETR (focal, L1, GIoU).
 
     Source:
-        SMCA (arXiv 2101.07448), section 3.2, box prediction, and 4.1.
+        SMCA (arXiv 2101.07448), section 3.2, box prediction; section 4 for the focal loss.
 
     Args:
         config: `SmcaConfig`.

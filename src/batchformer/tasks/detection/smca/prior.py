@@ -79,7 +79,7 @@ def log_gaussian(center_BHQ2: Tensor, inverse_BHQ2: Tensor, shape: tuple[int, in
         (B, H, Q, S), at most 0.
 
     Source:
-        SMCA (arXiv 2101.07448), section 3.2, dynamic spatial weight maps, and 3.3 for heads.
+        SMCA (arXiv 2101.07448), section 3.2, dynamic spatial weight maps and multi-head modulation.
 
     Example:
         >>> center = torch.tensor([1.5, 0.5]).view(1, 1, 1, 2)
