@@ -76,7 +76,8 @@ def detector() -> Callable[..., Any]:
         settings = {**_SMALL, **_OWN_BACKBONE, **extra, **settings}
         resnet = transformers.RTDetrResNetConfig if kind.startswith("rt-detr") else transformers.ResNetConfig
         stages = settings.pop("stages", (4,))
-        settings["backbone_config"] = resnet(**_RESNET, out_features=[f"stage{stage}" for stage in stages])
+        own = resnet(**_RESNET, out_features=[f"stage{stage}" for stage in stages])
+        settings = {"backbone_config": own, **settings}
         library = transformers
         if kind == "smca":
             from batchformer.tasks.detection import smca as library

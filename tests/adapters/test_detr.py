@@ -521,6 +521,24 @@ def test_other_models_are_refused(detector: Build) -> None:
         insert(transformers.GroundingDinoForObjectDetection(config), after="model.encoder.layers.0")
 
 
+def test_a_model_around_a_detector_is_refused(detector: Build) -> None:
+    around = nn.ModuleDict({"net": detector("detr")})
+    with pytest.raises(ValueError, match=r"insert\(model.net, after='model.encoder.layers.1'\)"):
+        insert(around, after="net.model.encoder.layers.1")
+
+
+def test_half_precision(detector: Build, scenes: Build) -> None:
+    torch.set_default_dtype(torch.float32)
+    for kind in ("detr", "deformable", "smca"):
+        model, batch = detector(kind), scenes(3, kind=kind)
+        insert(model, after=layers_of(model)[0])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        assert loss.isfinite()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_a_part_called_past_the_model_is_refused_in_training(detector: Build, scenes: Build) -> None:
     model, batch = detector("detr"), scenes(2)
     insert(model, after=layers_of(model)[0])

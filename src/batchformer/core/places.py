@@ -119,7 +119,25 @@ def find_places(model: nn.Module, names: str | Sequence[str], where: Literal["be
         raise ValueError("Expected at least one module name, got none.")
     places = tuple(Place(name, where) for name in first_name.values() if name in found)
     adapter = adapter_of(model)
-    return Plan(places) if adapter is None else adapter.plan(model, places)
+    if adapter is not None:
+        return adapter.plan(model, places)
+    _refuse_inside_of_others(model, places)
+    return Plan(places)
+
+
+def _refuse_inside_of_others(model: nn.Module, places: tuple[Place, ...]) -> None:
+    """Where the inputs of a model must be doubled at its top, the insertion must know the top."""
+    for place in places:
+        parts = place.name.split(".")
+        for end in range(1, len(parts)):
+            owner, inner = ".".join(parts[:end]), Place(".".join(parts[end:]), place.where)
+            part = model.get_submodule(owner)
+            adapter = adapter_of(part)
+            if adapter is not None and adapter.plan(part, (inner,)).once:
+                raise ValueError(
+                    f"Expected the {type(part).__name__} itself, got a {type(model).__name__} that holds it as "
+                    f"{owner!r}. Insert into that part: insert(model.{owner}, {place.where}={inner.name!r})."
+                )
 
 
 def find_classifier(model: nn.Module) -> Plan:
