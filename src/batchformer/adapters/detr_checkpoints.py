@@ -191,8 +191,6 @@ def convert_checkpoint(checkpoint: str | os.PathLike[str] | Mapping[str, Any], m
         batchformer=status,
         inserted_at=_inserted_at(content, groups),
         note=_NOTE if kind != "deformable_detr" and auxiliary else "",
-        if kind != "deformable_detr" and getattr(model, "config", None) and model.config.auxiliary_loss
-        else "",
     )
 
 
