@@ -25,7 +25,8 @@ def outcome(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["ls"], ["data", "ls"], ["fit", "--help"], ["compare", "--help"]]
+    "words",
+    [["--help"], ["--version"], ["ls"], ["data", "ls"], *([verb, "--help"] for verb in ("fit", "compare", "predict"))],
 )
 def test_help_and_lists_wait_for_nothing(words: list[str], tmp_path: Path) -> None:
     code = (
@@ -46,7 +47,9 @@ def test_help_and_lists_wait_for_nothing(words: list[str], tmp_path: Path) -> No
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     _, verbs = cli._parsers()
-    assert set(verbs) == {"ls", "data", "fit", "test", "compare", "report", "export", "predict", "env"}
+    assert set(verbs) == {
+        *("ls", "data", "scenes", "fit", "test", "compare", "report", "export", "predict", "convert", "env")
+    }
     for verb in verbs:
         status, out, _ = outcome([verb, "--help"], capsys)
         assert status == 0

@@ -167,6 +167,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     predict.add_argument("--out", help="folder (default: predictions/ in RUN)")
     predict.add_argument("--threshold", type=float, help="least score, 0 to 1, of what is shown (default: the task's)")
 
+    convert = add("convert", _convert, "a published checkpoint of the DETR family as a folder for transformers")
+    convert.add_argument("checkpoint", metavar="CHECKPOINT", help=".pth file of official code, with BatchFormer or not")
+    convert.add_argument("--out", required=True, help="folder")
+
     add("env", _env, "versions and hardware, for a report of a problem")
     return parser, dict(sub.choices)
 
@@ -321,6 +325,15 @@ def _predict(arguments: argparse.Namespace) -> None:
     run = Path(arguments.run_folder)
     options = {} if arguments.threshold is None else {"threshold": arguments.threshold}
     for path in predict(run, images, Path(arguments.out or run / "predictions"), **options):
+        print(path)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from batchformer.engine.convert import convert
+
+    report, files = convert(Path(arguments.checkpoint), Path(arguments.out))
+    print(report)
+    for path in files:
         print(path)
 
 
