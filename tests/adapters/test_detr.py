@@ -521,6 +521,17 @@ def test_other_models_are_refused(detector: Build) -> None:
         insert(transformers.GroundingDinoForObjectDetection(config), after="model.encoder.layers.0")
 
 
+def test_relatives_built_alike(scenes: Build) -> None:
+    resnet = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic", out_features=["stage4"]
+    )
+    own = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "backbone_config": resnet}
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "num_queries": 5, "num_labels": 3}
+    table = transformers.TableTransformerForObjectDetection(transformers.TableTransformerConfig(**own, **sizes))
+    insert(table, after="model.encoder.layers.0")
+    assert table(**scenes(3)).logits.shape[0] == 6
+
+
 def test_a_model_around_a_detector_is_refused(detector: Build) -> None:
     around = nn.ModuleDict({"net": detector("detr")})
     with pytest.raises(ValueError, match=r"insert\(model.net, after='model.encoder.layers.1'\)"):
@@ -561,7 +572,7 @@ def test_the_bare_model(detector: Build, scenes: Build) -> None:
 
 @pytest.mark.parametrize("kind", ["detr", "conditional", "deformable"])
 def test_what_transformers_trains_of_its_own_backbone(detector: Build, kind: str) -> None:
-    """Its three last stages in 4.57 are meant to be trained; version 5 freezes all, since no name matches."""
+    """Its last three stages are meant to be trained, but the names that it looks for are not there."""
     backbone = detector(kind).model.backbone
     weights = dict(backbone.named_parameters())
     trained = [name for name, p in weights.items() if p.requires_grad]

@@ -19,11 +19,13 @@ once: its named inputs are halved and its outputs repeated. Always by name, neve
 - ``Mask2FormerForUniversalSegmentation``: ``model.pixel_level_module.decoder.encoder.layers.0``; no mask either.
 - A token is padding where the layer's own attention does not look (``padding="mask"``). It has the same features in
   both streams after the first point; the later layers treat it as they always do.
-- Grounding DINO, OneFormer and others whose layers or inputs carry more than images are refused, as are LW-DETR and
-  RF-DETR, which have no encoder. With ``output_hidden_states`` the maps from before the point come repeated.
-- Not the plug-in's doing, but a trap: transformers 5 freezes *every* weight of its own ResNet as a backbone of the DETR
-  family (it looks for ``stage.1`` in names that read ``stages.1``), and its batch norms are constants in all versions.
-  ``model.model.backbone.requires_grad_(True)`` trains it.
+- D-FINE and Table Transformer are built like RT-DETR and DETR. Grounding DINO, OneFormer and others whose layers or
+  inputs carry more than images are refused, as are LW-DETR and RF-DETR, which have no encoder.
+- ``encoder_outputs`` bypass the encoder, so training with them does not work. With ``output_hidden_states`` the states
+  from before the point come repeated.
+- Not the plug-in's doing, but a trap: transformers freezes *every* weight of its own ResNet as a backbone of the DETR
+  family (it looks for ``stage.1`` in names that read ``stages.1``), and its batch norms are constants.
+  ``model.model.backbone.requires_grad_(True)`` trains the weights.
 """
 
 import re
@@ -73,8 +75,8 @@ def plan(model: nn.Module, places: tuple[Place, ...]) -> Plan:
     wrong = [str(place) for place in places if place.where == "before" or place.name not in layers]
     if wrong:
         raise ValueError(
-            f"Expected places behind layers of the encoder of {type(model).__name__}, got {', '.join(wrong)}. Take "
-            f"after= with some of {[*layers][:6]}."
+            f"Expected places behind layers of the encoder of {type(model).__name__}, got {', '.join(wrong)}. "
+            + (f"Take after= with some of {[*layers][:6]}." if layers else "It has no encoder that this works for.")
         )
     body, stack, _ = layers[places[0].name].groups()
     parts = _parts(model.get_submodule(body or ""))
