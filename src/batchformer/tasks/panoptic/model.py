@@ -72,7 +72,9 @@ def build_detector(settings: NetworkSettings, num_classes: int) -> Any:
     replace_backbone(detector, backbone)
     initialize(detector)
     if settings.checkpointing:
-        detector.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.24 renames it.
+        enable = getattr(detector, "activation_checkpointing_enable", detector.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     return detector.train()
 
 
