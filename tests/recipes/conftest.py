@@ -39,14 +39,19 @@ def make_data(
     write_fashion: Callable[..., Path],
     write_cifar: Callable[..., Path],
     write_images: Callable[..., Path],
+    write_coco: Callable[..., Path],
     tmp_path: Path,
-) -> Callable[[str], Path]:
+) -> Callable[..., Path]:
     """Write a data set once and say where it is."""
 
-    def make(dataset: str) -> Path:
-        root = tmp_path / "data" / dataset
+    def make(dataset: str, task: str = "longtail") -> Path:
+        root = tmp_path / "data" / task / dataset
+        year = "2017" if dataset == "coco" else ""
         if root.exists():
             return root
+        if task == "detection":
+            extra = {"test": 4, "unseen": 3} if dataset == "scenes" else {}
+            return write_coco(root, {"train": 9, "val": 4, **extra}, year=year)
         if dataset == "fashion-mnist":
             return write_fashion(root, per_class=6, tested=2)
         if dataset in ("cifar10", "cifar100"):
