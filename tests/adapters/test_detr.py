@@ -555,6 +555,14 @@ def test_a_part_called_past_the_model_is_refused_in_training(detector: Build, sc
     insert(model, after=layers_of(model)[0])
     with pytest.raises(RuntimeError, match=r"one of its part 'model.backbone' alone, in training.*in eval\(\)"):
         model.model(batch["pixel_values"])
+    # A frozen backbone stays in eval(): its maps may be had alone, and in the model they are doubled all the same.
+    backbone = model.model.backbone.eval()
+    alone = backbone(batch["pixel_values"], batch["pixel_mask"])
+    maps = alone[0] if isinstance(alone, tuple) else alone
+    assert maps[-1][0].shape[0] == 2
+    assert model(**batch).logits.shape[0] == 4
+    with pytest.raises(RuntimeError, match="'model.input_projection' alone, in training"):
+        model.model(batch["pixel_values"])
     model.eval()
     assert model.model(batch["pixel_values"]).last_hidden_state.shape[0] == 2
 

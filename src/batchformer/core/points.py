@@ -145,7 +145,7 @@ class Shared:
         self.inputs = inputs
         self.works_once = works_once
 
-    def halve(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def halve(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Forward pre-hook: [plain; plain] -> plain in the named inputs.
 
         Raises:
@@ -153,16 +153,21 @@ class Shared:
         """
         if "halve" not in self.works_once():
             return None
-        if not self.state.running and not self.once.rerun:
+        if self._inside_a_pass():
+            return _change(self._half, self.once.inputs, self.inputs, args, named)
+        if module.training:
             raise RuntimeError(
                 f"Expected a call of the model that BatchFormer was inserted into, got one of its part "
                 f"{self.once.name!r} alone, in training. Call the model, or call the part in eval()."
             )
-        return _change(self._half, self.once.inputs, self.inputs, args, named)
+        return None
 
     def repeat(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook: plain -> [plain; plain] in all outputs."""
-        return _repeat(output) if "repeat" in self.works_once() else None
+        return _repeat(output) if "repeat" in self.works_once() and self._inside_a_pass() else None
+
+    def _inside_a_pass(self) -> bool:
+        return self.state.running or self.once.rerun
 
     def _half(self, value: Any) -> Any:
         # One row holds for every sample, as it is.
