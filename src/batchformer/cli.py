@@ -166,6 +166,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     predict.add_argument("images", metavar="IMAGES", nargs="+", help="image files, or folders of images")
     predict.add_argument("--out", help="folder (default: predictions/ in RUN)")
     predict.add_argument("--threshold", type=float, help="least score, 0 to 1, of what is shown (default: the task's)")
+    predict.add_argument("--beside", metavar="RUN", nargs="+", help="runs whose maps are drawn beside it (panoptic)")
 
     convert = add("convert", _convert, "a published checkpoint of the DETR family as a folder for transformers")
     convert.add_argument("checkpoint", metavar="CHECKPOINT", help=".pth file of official code, with BatchFormer or not")
@@ -323,7 +324,9 @@ def _predict(arguments: argparse.Namespace) -> None:
     from batchformer.engine.predict import predict
 
     run = Path(arguments.run_folder)
-    options = {} if arguments.threshold is None else {"threshold": arguments.threshold}
+    options: dict[str, Any] = {} if arguments.threshold is None else {"threshold": arguments.threshold}
+    if arguments.beside:
+        options["beside"] = [Path(folder) for folder in arguments.beside]
     for path in predict(run, images, Path(arguments.out or run / "predictions"), **options):
         print(path)
 

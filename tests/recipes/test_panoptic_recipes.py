@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor
 
 from batchformer import cli
@@ -202,6 +203,13 @@ def test_predict_export_and_test_of_a_run(
     out = tmp_path / "out"
     images = str(root / "test")
     assert cli.main(["predict", str(tmp_path / "run"), images, "--out", str(out), "--threshold", "0.01"]) == 0
+    run = str(tmp_path / "run")
+    assert cli.main(["predict", run, images, "--out", str(tmp_path / "both"), "--beside", run, run]) == 0
+    widths = []
+    for folder in (out, tmp_path / "both"):
+        with Image.open(folder / "000000002001.png") as picture:
+            widths.append(picture.width)
+    assert widths[1] > 1.8 * widths[0], "the image and three maps, the image and one"
     listing = json.loads((out / "panoptic.json").read_text(encoding="utf-8"))
     assert len(listing["annotations"]) == len(list((out / "panoptic").glob("*.png"))) == 8
     assert {s["category_id"] for entry in listing["annotations"] for s in entry["segments_info"]} <= {3, 17, 90, 184}

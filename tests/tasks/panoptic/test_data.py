@@ -45,7 +45,8 @@ def test_the_true_map_is_the_png(write_panoptic: Write, tmp_path: Path) -> None:
     split = open_split(write_panoptic(tmp_path / "data"), "train", kind="panoptic")
     for index in range(len(split)):
         truth = true_map(split, index)
-        rgb = np.asarray(Image.open(split.images[index].segments), dtype=np.int64)  # type: ignore[arg-type]
+        with Image.open(split.images[index].segments) as png:  # type: ignore[arg-type]
+            rgb = np.asarray(png, dtype=np.int64)
         ids = rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
         numbers = torch.cat((torch.zeros(1, dtype=torch.int64), split.annotations[index].ids))
         assert torch.equal(numbers[truth.ids_HW], torch.from_numpy(ids))

@@ -47,26 +47,26 @@ def predict(
     """
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"Expected a threshold in 0..1, got {threshold}.")
-    runs = {_title(folder): _with_masks(folder) for folder in (run, *beside)}
+    runs = [(_title(folder), _with_masks(folder)) for folder in (run, *beside)]
     written: list[Path] = []
     annotations = []
     (out / "panoptic").mkdir(parents=True, exist_ok=True)
     for number, file in enumerate(images, 1):
         with Image.open(file) as opened:
             image = opened.convert("RGB")
-        maps = {title: segments_of(restored, image, threshold) for title, restored in runs.items()}
-        panels = [("image", image)]
-        for title, found in maps.items():
-            panels.append((title, draw(image, found, runs[title].facts.classes, runs[title].facts.is_thing)))
+        maps = [segments_of(restored, image, threshold) for _, restored in runs]
+        drawn = [
+            (title, draw(image, found, restored.facts.classes, restored.facts.is_thing))
+            for (title, restored), found in zip(runs, maps, strict=True)
+        ]
         name = f"{file.stem}.png"
         if out / name in written:  # of images with the same name in two folders
             name = f"{file.stem}-{number}.png"
-        side_by_side(panels).save(out / name)
-        first = next(iter(maps.values()))
-        write_png(first, out / "panoptic" / name)
+        side_by_side([("image", image), *drawn]).save(out / name)
+        write_png(maps[0], out / "panoptic" / name)
         written += [out / name, out / "panoptic" / name]
         image_id = int(file.stem) if file.stem.isdigit() else number
-        annotations.append(_annotation(first, next(iter(runs.values())), image_id, name))
+        annotations.append(_annotation(maps[0], runs[0][1], image_id, name))
     listing = out / "panoptic.json"
     listing.write_text(json.dumps({"annotations": annotations}, indent=1) + "\n", encoding="utf-8")
     return [*written, listing]
