@@ -84,6 +84,52 @@ def test_self_attention_of_each_alone_equals_a_plain_loop_and_batches_of_one() -
     torch.testing.assert_close(mixed, alone, rtol=1e-10, atol=1e-10)
 
 
+def test_self_attention_is_the_batchs_under_a_mask_in_values_and_gradients() -> None:
+    q, k, v = (torch.randn(5, 3, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    own = torch.eye(5, dtype=torch.bool)[None, None]
+    masked = functional.attend_over_batch(q, k, v, 2, drop=0.0, allowed=own)
+    alone = functional.attend_to_itself(v, 2, drop=0.0)
+    torch.testing.assert_close(alone, masked, rtol=1e-12, atol=1e-12)
+    direction = torch.randn_like(masked)
+    of_masked = torch.autograd.grad(masked, (q, k, v), direction)
+    torch.testing.assert_close(torch.autograd.grad(alone, v, direction)[0], of_masked[2], rtol=1e-12, atol=1e-12)
+    for gradient in of_masked[:2]:  # softmax over one key hangs on neither query nor key
+        assert float(gradient.abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("drop", [0.5, 0.25, 0.1, 1.0])
+@pytest.mark.parametrize("shape", [(50, 1, 8), (3000, 2, 8)])
+def test_self_attention_drops_whole_weights_at_the_rate(drop: float, shape: tuple[int, int, int]) -> None:
+    """One weight for each sample, position and head: a head's channels are all dropped or all kept, and scaled."""
+    torch.manual_seed(0)
+    v = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    out = functional.attend_to_itself(v, 2, drop=drop)
+    (gradient,) = torch.autograd.grad(out.sum(), v)
+    factor = (out / v).unflatten(-1, (2, 4))
+    torch.testing.assert_close(gradient.unflatten(-1, (2, 4)), factor)
+    torch.testing.assert_close(factor, factor[..., :1].expand_as(factor))
+    kept = factor[..., 0] != 0
+    if drop < 1:
+        torch.testing.assert_close(
+            factor[..., 0][kept], torch.full((int(kept.sum()),), 1 / (1 - drop)).double(), rtol=1e-4, atol=0
+        )
+    spread = math.sqrt(drop * (1 - drop) / kept.numel())
+    assert abs(float(kept.double().mean()) - (1 - drop)) <= 4 * spread
+
+
+def test_self_attention_is_linear_in_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No score of one sample with another is ever computed."""
+
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise AssertionError("attention over the batch")
+
+    monkeypatch.setattr(functional, "attend_over_batch", refuse)
+    module, x = layer(attend="self", drop=0.5), torch.randn(4, 3, 8, dtype=torch.float64)
+    assert module.mix(x).shape == x.shape
+    with pytest.raises(AssertionError, match="attention over the batch"):
+        layer(drop=0.5).mix(x)
+
+
 @pytest.mark.parametrize("shape", [*SHAPES, (64, 8), (3, 700, 8)])
 @pytest.mark.parametrize("drop", [0.0, 0.5, 0.1])
 def test_equals_torchs_layer_in_values_and_gradients(shape: tuple[int, ...], drop: float) -> None:
@@ -202,9 +248,7 @@ def test_tiles_equal_the_whole(
     monkeypatch.setattr(functional, "_SMALL", 1)
     N, T, _ = shape
     padding = torch.rand(N, T, generator=torch.Generator().manual_seed(0)) < 0.3 if masked else None
-    allowed = functional.attention_allowed(
-        N, N, offset=0, attend="batch", padding_MT=padding, device=torch.device("cpu")
-    )
+    allowed = functional.attention_allowed(padding) if padding is not None else None
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     results = []
     for drop in (0.5, 0.0):
@@ -288,7 +332,10 @@ def test_softmax_is_fp32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None
     assert set(seen) == {torch.float32}
 
 
-def test_memory_is_linear_in_the_batch() -> None:
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("attend", ["batch", "self"])
+def test_memory_is_linear_in_the_batch(attend: str, masked: bool, drop: float) -> None:
     """What autograd keeps for the backward pass grows with the rows, not with their square."""
 
     def kept(rows: int) -> int:
@@ -299,11 +346,21 @@ def test_memory_is_linear_in_the_batch() -> None:
             total += tensor.numel()
             return tensor
 
+        mask = torch.rand(rows) < 0.3 if masked else None
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            BatchFormer(8, 1).mix(torch.randn(rows, 8, requires_grad=True))
+            module = BatchFormer(8, 1, drop=drop, attend=attend)  # type: ignore[arg-type]
+            module.mix(torch.randn(rows, 8, requires_grad=True), mask=mask)
         return total
 
     assert kept(2000) < 2.2 * kept(1000)
+
+
+@pytest.mark.parametrize("padded", [0.3, 1.0])
+def test_what_may_be_seen_takes_no_square_of_the_batch(padded: float) -> None:
+    padding = torch.rand(64, 5, generator=torch.Generator().manual_seed(0)) < padded
+    allowed = functional.attention_allowed(padding)
+    assert allowed.shape == (5, 1, 1, 64)
+    assert torch.equal(allowed[:, 0, 0], ~padding.T if padded < 1 else torch.ones(5, 64, dtype=torch.bool))
 
 
 def test_sum_of_weights_survives_thousands_of_rows() -> None:

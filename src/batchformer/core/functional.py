@@ -85,19 +85,12 @@ def _keep_mask(like: Tensor, p: float, generator: torch.Generator | None = None)
     return keep.mul_(levels / (levels - dropped))
 
 
-def attention_allowed(
-    n: int, m: int, *, offset: int, attend: Attend, padding_MT: Tensor | None, device: torch.device
-) -> Tensor | None:
-    """Which keys each query may see, as a boolean tensor that broadcasts to (T, H, N, M); ``None`` means all.
+def attention_allowed(padding_MT: Tensor) -> Tensor:
+    """Which keys may be seen, as a boolean tensor that broadcasts to (T, H, N, M): those that are no padding.
 
-    A query always sees itself, so that no row is empty. ``offset`` is the place of the first query among the keys.
+    Where all samples are padding all are allowed, as a softmax over nothing would be NaN; nobody uses what comes out.
     """
-    if attend == "batch" and padding_MT is None:
-        return None
-    own = torch.arange(offset, offset + n, device=device)[:, None] == torch.arange(m, device=device)
-    if attend == "self" or padding_MT is None:
-        return own[None, None]
-    return (~padding_MT).T[:, None, None, :] | own
+    return (~padding_MT | padding_MT.all(dim=0)).T[:, None, None, :]
 
 
 def attend_over_batch(
@@ -132,11 +125,41 @@ def attend_over_batch(
     else:
         # torch has no fused CPU kernel with dropout. As in its unfused one, half precision is worked on in fp32: sums
         # over thousands of samples need the digits, and in fp16 large scores would overflow.
-        exact = torch.float32 if q_NTC.dtype in (torch.float16, torch.bfloat16) else q_NTC.dtype
+        exact = _exact(q_NTC.dtype)
         attend = _plain_attention if T * num_heads * N * M < _SMALL else _TiledAttention.apply
         with torch.autocast("cpu", enabled=False):
             out = attend(q_THND.to(exact), k_THMD.to(exact), v_THMD.to(exact), allowed, drop).to(q_NTC.dtype)
     return out.permute(2, 0, 1, 3).reshape(N, T, C)
+
+
+def attend_to_itself(v_NTC: Tensor, num_heads: int, *, drop: float) -> Tensor:
+    """What :func:`attend_over_batch` is where each sample sees itself alone: its value times its one weight, 1.
+
+    Dropout takes that weight, for each sample, position and head, as it takes any other.
+
+    Args:
+        v_NTC: Values, (N, T, C).
+        num_heads: Heads; divides C.
+        drop: Dropout probability of the attention weights.
+
+    Returns:
+        (N, T, C).
+
+    Example:
+        >>> v = torch.randn(6, 3, 8)
+        >>> torch.equal(attend_to_itself(v, 2, drop=0.0), v)
+        True
+    """
+    if drop == 0.0:
+        return v_NTC
+    v_NTHD = v_NTC.unflatten(-1, (num_heads, -1))
+    weights_NTH1 = dropout(v_NTHD.new_ones(*v_NTHD.shape[:-1], 1, dtype=_exact(v_NTC.dtype)), drop)
+    out: Tensor = (v_NTHD * weights_NTH1).flatten(-2).to(v_NTC.dtype)
+    return out
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _attention_weights(q_THND: Tensor, k_THMD: Tensor, allowed: Tensor | None) -> Tensor:
@@ -229,7 +252,6 @@ def encoder_layer(
     attend: Attend = "batch",
     padding_NT: Tensor | None = None,
     gather: Gather | None = None,
-    offset: int = 0,
     eps: float = 1e-5,
 ) -> Tensor:
     """One post-norm transformer encoder layer whose sequence is the mini-batch.
@@ -246,7 +268,6 @@ def encoder_layer(
         padding_NT: Boolean (N, T), true where a token is padding. Padding neither attends nor is attended to; its
             rows come back as they are.
         gather: Brings the rows of all processes together, (N, ...) -> (M, ...). ``None``: this process alone.
-        offset: Place of the own first row among the gathered ones.
         eps: Of both layer norms.
 
     Returns:
@@ -256,17 +277,17 @@ def encoder_layer(
         BatchFormer (CVPR 2022), section 3.1; BatchFormerV2 (arXiv 2204.01254), section 3.2.
     """
     w = weights
-    q_NTC, k_MTC, v_MTC = F.linear(x_NTC, w.in_proj_weight, w.in_proj_bias).chunk(3, dim=-1)
-    padding_MT = padding_NT
-    if gather is not None and attend == "batch":
-        k_MTC, v_MTC = gather(torch.cat((k_MTC, v_MTC), dim=-1)).chunk(2, dim=-1)
-        padding_MT = None if padding_NT is None else gather(padding_NT.to(torch.uint8)).bool()
+    if attend == "self":
+        v_NTC = F.linear(x_NTC, w.in_proj_weight.chunk(3)[2], w.in_proj_bias.chunk(3)[2])
+        mixed_NTC = attend_to_itself(v_NTC, num_heads, drop=drop)
     else:
-        offset = 0
-    allowed = attention_allowed(
-        x_NTC.shape[0], k_MTC.shape[0], offset=offset, attend=attend, padding_MT=padding_MT, device=x_NTC.device
-    )
-    mixed_NTC = attend_over_batch(q_NTC, k_MTC, v_MTC, num_heads, drop=drop, allowed=allowed)
+        q_NTC, k_MTC, v_MTC = F.linear(x_NTC, w.in_proj_weight, w.in_proj_bias).chunk(3, dim=-1)
+        padding_MT = padding_NT
+        if gather is not None:
+            k_MTC, v_MTC = gather(torch.cat((k_MTC, v_MTC), dim=-1)).chunk(2, dim=-1)
+            padding_MT = None if padding_NT is None else gather(padding_NT.to(torch.uint8)).bool()
+        allowed = None if padding_MT is None else attention_allowed(padding_MT)
+        mixed_NTC = attend_over_batch(q_NTC, k_MTC, v_MTC, num_heads, drop=drop, allowed=allowed)
     mixed_NTC = dropout(F.linear(mixed_NTC, w.out_proj_weight, w.out_proj_bias), drop, inplace=True)
     h_NTC = F.layer_norm(x_NTC + mixed_NTC, x_NTC.shape[-1:], w.norm1_weight, w.norm1_bias, eps)
     hidden = dropout(F.relu(F.linear(h_NTC, w.linear1_weight, w.linear1_bias), inplace=True), drop)

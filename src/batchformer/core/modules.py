@@ -71,7 +71,6 @@ class BatchFormerLayer(nn.Module):
             attend=attend,
             padding_NT=padding_NT,
             gather=ranks.gather if ranks is not None else None,
-            offset=ranks.offset if ranks is not None else 0,
             eps=self.norm1.eps,
         )
 
