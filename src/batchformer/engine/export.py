@@ -1,5 +1,6 @@
 """The plain network of a run, for use elsewhere: safetensors and ONNX, each checked after writing."""
 
+import warnings
 from pathlib import Path
 from typing import cast
 
@@ -68,15 +69,18 @@ def _onnx(found: Exportable, path: Path) -> Path:
         raise ImportError("onnx is missing: pip install 'batchformer[export]'") from error
     scratch = path.with_name(f".{path.name}")
     batch = torch.export.Dim("batch", min=1)
-    program = torch.onnx.export(
-        found.forward,
-        found.inputs,
-        dynamo=True,
-        dynamic_shapes=tuple({0: batch} for _ in found.inputs) if found.dynamic_batch else None,
-        input_names=list(found.input_names),
-        output_names=list(found.output_names),
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        # That the first axis of all inputs is one and the same is what is meant.
+        warnings.filterwarnings("ignore", message=".*it shares the same shape constraints with another axis")
+        program = torch.onnx.export(
+            found.forward,
+            found.inputs,
+            dynamo=True,
+            dynamic_shapes=tuple({0: batch} for _ in found.inputs) if found.dynamic_batch else None,
+            input_names=list(found.input_names),
+            output_names=list(found.output_names),
+            verbose=False,
+        )
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing.")
     program.save(str(scratch), external_data=False)

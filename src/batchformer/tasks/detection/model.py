@@ -43,7 +43,9 @@ def build_detector(settings: NetworkSettings, num_classes: int) -> Any:
     replace_backbone(network, backbone)
     initialize(network)
     if settings.checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
+        # Renamed in transformers 5.
+        enable = getattr(network, "activation_checkpointing_enable", network.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     return network
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from batchformer.data.detection_transforms import CocoDetection, eval_transform
 from batchformer.data.samplers import generator
+from batchformer.data.transforms import seeded
 
 from .backbone import Backbone
 from .feature_cache import FeatureCache, fill
@@ -132,7 +133,8 @@ def cached(
 
     def load(index: int, turned: bool) -> Tensor:
         transform = mirror if turned else plain
-        pixels, _ = transform(dataset.image(index), {})
+        with seeded(0):  # its only size is drawn from the global stream
+            pixels, _ = transform(dataset.image(index), {})
         return F.pad(pixels, (0, size - pixels.shape[2], 0, size - pixels.shape[1]))
 
     missing = len(cache.missing(rank, world_size))
