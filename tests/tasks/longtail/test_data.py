@@ -17,6 +17,7 @@ from batchformer.tasks.longtail.profile import (
     long_tail_profile,
     shot_groups,
     stratified_split,
+    unmet,
 )
 
 Writer = Callable[..., Path]
@@ -118,6 +119,27 @@ def test_groups() -> None:
     assert shot_groups(counts, many_over=50, few_under=50) == {"many": [0, 1], "medium": [], "few": [2, 3, 4]}
     with pytest.raises(DataError, match=r"few_under of at most many_over \+ 1 = 11, got 50"):
         shot_groups(counts, 10, 50)
+
+
+def test_a_long_tail_that_the_data_has_not_is_told() -> None:
+    asked = long_tail_profile(4, 1000, 100)
+    told = unmet(asked, [42, 21, 10, 5], 100)
+    assert told is not None
+    assert "1000, 215, 46, 10 training images per class (imbalance factor 100)" in told
+    assert "got 42, 21, 10, 5 (factor 8.4): 4 of 4 classes have fewer. Lower n_max or imbalance_factor" in told
+    assert unmet(asked, [1000, 215, 46, 10], 100) is None
+    assert unmet([100, 10], [100, 9], 10) is not None
+    many = unmet(long_tail_profile(1000, 500, 100), [400] * 1000, 100)
+    assert many is not None
+    assert "500, 497, 495, 493, 490, 488, 486, ..., 5, 5 training" in many
+    # A profile that would end below one image.
+    assert "no class can go below 1" in str(unmet(long_tail_profile(4, 10, 1000), [10] * 4, 1000))
+
+
+@pytest.mark.parametrize("cut", [{"n_max": 30, "imbalance_factor": 10}, {"n_max": 21}, {"imbalance_factor": 1000}])
+def test_a_cut_that_is_not_what_was_asked_warns(fashion: Path, cut: dict[str, float]) -> None:
+    with pytest.warns(UserWarning, match=r"Expected .* training images per class .* Lower n_max or imbalance_factor"):
+        ready(**cut)
 
 
 # ---------------------------------------------------------------- known data sets

@@ -20,7 +20,7 @@ from batchformer.data.loader import ImageDataset, ImageLoader, TensorLoader
 from batchformer.data.samplers import EpochSampler, EvalSampler, SamplerKind
 from batchformer.data.transforms import SMALL, BatchAugment, Mix, image_augment, image_eval
 
-from .profile import class_order, long_tail_indices, long_tail_profile, shot_groups
+from .profile import class_order, long_tail_indices, long_tail_profile, shot_groups, unmet
 from .sources import DatasetName, Part, Source, read_parts
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -54,7 +54,8 @@ class LongTailData(LightningDataModule):
         dataset: Which data set; ``"folder"`` is any folder with one sub-folder per class, or lists of your own.
         root: Where the data lies; ``None`` means the data root (``BATCHFORMER_DATA``, else ``~/.cache/batchformer``).
         n_max: Training images of the most frequent class; ``None`` means as many as there are.
-        imbalance_factor: Most over least frequent class after the cut; ``None`` leaves the data as it is.
+        imbalance_factor: Most over least frequent class after the cut; ``None`` leaves the data as it is. A warning
+            says when the classes have too few images for it.
         class_order: Which classes become rare: by class index, or permuted. ``"auto"``: by index for CIFAR (as
             published), else permuted.
         class_order_seed: Seed of that permutation.
@@ -194,7 +195,10 @@ class LongTailData(LightningDataModule):
         )
         order = class_order(available, None if by_index else self.class_order_seed)
         n_max = int(available.max()) if self.n_max is None else self.n_max
-        profile = long_tail_profile(num_classes, n_max, 1.0 if self.imbalance_factor is None else self.imbalance_factor)
+        factor = 1.0 if self.imbalance_factor is None else self.imbalance_factor
+        profile = long_tail_profile(num_classes, n_max, factor)
+        if words := unmet(profile, available[order].tolist(), factor):
+            warnings.warn(words, stacklevel=2)
         counts = [0] * num_classes
         for k, count in zip(order, profile, strict=True):
             counts[k] = count

@@ -37,6 +37,43 @@ def long_tail_profile(num_classes: int, n_max: int, imbalance_factor: float) -> 
     return [max(1, int(n_max * (1 / imbalance_factor) ** (i / (num_classes - 1)))) for i in range(num_classes)]
 
 
+def unmet(asked: Sequence[int], available: Sequence[int], imbalance_factor: float) -> str | None:
+    """What to tell of a long tail that the data does not have the images for; ``None`` where it has.
+
+    Args:
+        asked: Images per class of the profile, most frequent first.
+        available: Images that the same classes have.
+        imbalance_factor: That was asked for.
+
+    Example:
+        >>> print(unmet([100, 10], [40, 30], 10.0))
+        Expected 100, 10 training images per class (imbalance factor 10), got 40, 10 (factor 4): 1 of 2 classes has \
+fewer. Lower n_max or imbalance_factor, or take this for the data of the run.
+        >>> unmet([40, 4], [40, 30], 10.0)
+    """
+    got = [min(pair) for pair in zip(asked, available, strict=True)]
+    short = sum(one < other for one, other in zip(got, asked, strict=True))
+    if not short and asked[0] >= imbalance_factor:
+        return None
+    # Of a profile that ends below one image each class still gets one.
+    why = (
+        f"{short} of {len(asked)} classes {'has' if short == 1 else 'have'} fewer"
+        if short
+        else "no class can go below 1"
+    )
+    reached = max(got) / max(1, min(got))
+    return (
+        f"Expected {_listed(asked)} training images per class (imbalance factor {imbalance_factor:g}), got "
+        f"{_listed(got)} (factor {reached:.3g}): {why}. Lower n_max or imbalance_factor, or take this for the data of "
+        "the run."
+    )
+
+
+def _listed(counts: Sequence[int], most: int = 10) -> str:
+    shown = [str(count) for count in counts]
+    return ", ".join(shown if len(shown) <= most else [*shown[: most - 3], "...", *shown[-2:]])
+
+
 def class_order(available: Tensor, seed: int | None) -> list[int]:
     """Which class gets the largest count, the second largest, ...
 
