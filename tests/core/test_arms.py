@@ -76,6 +76,16 @@ def test_which_rows_an_arm_mixes() -> None:
     assert not torch.allclose(rows("duplicate", x, drop=0.5)[N:], plain)  # dropout alone
 
 
+def test_with_the_mixed_stream_alone_the_duplicate_still_has_two() -> None:
+    x = torch.randn(N, 4)
+    for arm, expected in (("batchformer", N), ("frozen", N), ("self_only", N), ("duplicate", 2 * N)):
+        model = net()
+        handle = insert_arm(model, arm, before="2", mode="single_stream")  # type: ignore[arg-type]
+        assert handle is not None
+        assert model.train()(x).shape == (expected, K), arm
+        assert handle.expand(torch.arange(N)).shape == (expected,), arm
+
+
 def test_trained_arms_draw_the_same_weights() -> None:
     weights = []
     for arm in ("batchformer", "frozen", "self_only", "single_stream"):

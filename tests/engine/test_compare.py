@@ -119,6 +119,12 @@ def test_runs_resumes_and_grows(small: Small, tmp_path: Path) -> None:
         ),
         ({"seeds": [1, 1]}, [], ValueError, r"different seeds, at least one, got \[1, 1\]"),
         ({"seeds": []}, [], ValueError, "at least one"),
+        (
+            {"controls": ["duplicate", "single_stream"]},
+            ["--model.batchformer.mode=single_stream"],
+            ConfigError,
+            "it is the control single_stream itself. Leave that control out",
+        ),
         ({}, ["--trainer.devices=2"], ConfigError, "train each run on one device, got trainer.devices=2"),
         ({}, ["--seed=4"], ConfigError, "compare to set the seed and the arm"),
         ({}, ["--model.batchformer.arm=plain"], ConfigError, "Give --seeds and --controls"),

@@ -1,9 +1,12 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from batchformer.report import Comparison, Run, paired_difference
+from batchformer.report.tables import controls_table
 from batchformer.report.wording import (
+    arm_text,
     conclusions,
     control_sentence,
     gain_sentence,
@@ -55,6 +58,31 @@ def comparison(**arms):
     """Arm -> one value per seed, as a comparison in memory."""
     runs = [Run(Path(), "r", arm, seed, {"top1": v}) for arm, values in arms.items() for seed, v in enumerate(values)]
     return Comparison(Path(), "r", tuple(arms), tuple(range(5)), "top1", tuple(runs))
+
+
+SINGLE = "model:\n  batchformer:\n    mode: single_stream\n"
+
+
+def test_what_the_arms_are_follows_the_settings():
+    two = comparison(plain=UP, batchformer=UP, duplicate=UP, single_stream=UP)
+    assert arm_text(two, "batchformer") == "BatchFormer: trained, two streams, every sample attends to the whole batch"
+    assert arm_text(two, "duplicate") == "a second stream with dropout only, no layer"
+    one = dataclasses.replace(two, runs=tuple(dataclasses.replace(run, config=SINGLE) for run in two.runs))
+    assert "the mixed stream alone" in arm_text(one, "batchformer")
+    assert "two streams" not in arm_text(one, "batchformer")
+    assert "a plain stream and a second one" in arm_text(one, "duplicate")
+    assert arm_text(one, "duplicate") in [row[-1] for row in controls_table(one).rows]
+    assert arm_text(one, "my_arm") == "not described"
+
+
+def test_two_streams_with_dropout_differ_from_a_single_one_in_more_than_the_layer():
+    runs = {"plain": DOWN, "batchformer": UP, "duplicate": DOWN, "frozen": DOWN}
+    two = comparison(**runs)
+    one = dataclasses.replace(two, runs=tuple(dataclasses.replace(run, config=SINGLE) for run in two.runs))
+    assert any("so the layer itself matters here" in line for line in conclusions(two))
+    assert not any("the layer itself" in line for line in conclusions(one))
+    assert sum("what sets the two apart matters here" in line for line in conclusions(one)) == 1
+    assert sum("so what it learns matters here" in line for line in conclusions(one)) == 1
 
 
 @pytest.mark.parametrize("control", WORDING)

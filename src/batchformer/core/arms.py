@@ -20,7 +20,8 @@ def insert_arm(model: nn.Module, arm: Arm, **arguments: Any) -> Handle | None:
         arm: ``"plain"``: nothing. ``"batchformer"``: the method. ``"frozen"``: a random module that is never trained.
             ``"self_only"``: the same layer, trained, in which each sample attends to itself alone: whether the
             relations *between* samples matter shows in the difference to it. ``"duplicate"``: a second stream with
-            dropout only, no layer. ``"single_stream"``: the mixed features alone, without the plain stream.
+            dropout only, no layer, whatever ``mode`` says. ``"single_stream"``: the mixed features alone, without the
+            plain stream; with ``mode="single_stream"`` this is the method itself.
         arguments: Of :func:`batchformer.insert`.
 
     Returns:
@@ -41,7 +42,7 @@ def insert_arm(model: nn.Module, arm: Arm, **arguments: Any) -> Handle | None:
         return None
     changes: dict[str, dict[str, Any]] = {
         "self_only": {"attend": "self"},
-        "duplicate": {"attend": "nothing"},
+        "duplicate": {"attend": "nothing", "mode": "two_stream"},
         "single_stream": {"mode": "single_stream"},
     }
     handle = insert(model, **{**arguments, **changes.get(arm, {})})

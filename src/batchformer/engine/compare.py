@@ -58,9 +58,10 @@ def compare(
     Raises:
         FileExistsError: When the folder has a comparison and ``resume`` is off.
         BlockingIOError: When another process is at work in the folder.
-        ValueError: For unknown controls, repeated seeds, or a folder with another comparison.
+        ValueError: For unknown controls, a control that is the method itself, repeated seeds, or a folder with another
+            comparison.
     """
-    arms = _arms(controls)
+    arms = _arms(controls, single=setting(recipe, overrides, "model.batchformer.mode") == "single_stream")
     task = _comparable_task(recipe, overrides, seeds)
     asked = {"recipe": name, "command": command, "arms": arms, "seeds": list(seeds), "primary": task.primary}
     with alone_in(folder) if first_rank() else nullcontext(), _keeping_the_plan(folder, resume):
@@ -106,10 +107,15 @@ def _comparable_task(recipe: Path, overrides: Sequence[str], seeds: Sequence[int
     return task
 
 
-def _arms(controls: Sequence[str]) -> list[str]:
+def _arms(controls: Sequence[str], *, single: bool) -> list[str]:
     known = [arm for arm in ARMS if arm not in ("plain", "batchformer")]
     if unknown := [control for control in controls if control not in known]:
         raise ValueError(f"Expected controls out of {', '.join(known)}, got {', '.join(unknown)}.")
+    if single and "single_stream" in controls:
+        raise ConfigError(
+            "Expected controls that differ from BatchFormer, but with model.batchformer.mode=single_stream it is the "
+            "control single_stream itself. Leave that control out, or set model.batchformer.mode=two_stream."
+        )
     return ["plain", "batchformer", *dict.fromkeys(controls)]
 
 

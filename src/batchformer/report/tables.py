@@ -9,7 +9,7 @@ from .caveats import caveats
 from .render import WIDTH, Table, to_text, wrap
 from .runs import BASELINE, TREATMENT, Comparison, Run, higher_is_better
 from .statistics import PairedDifference, Summary, summarize
-from .wording import ARMS, conclusions, multiple_comparisons, points, verdict_text
+from .wording import arm_text, conclusions, multiple_comparisons, points, verdict_text
 
 __all__ = [
     "class_lines",
@@ -134,7 +134,7 @@ def controls_table(comparison: Comparison) -> Table:
     for arm in comparison.controls:
         difference = comparison.difference(TREATMENT, arm, comparison.primary)
         cells = (_points(difference), _interval(difference), str(difference.n), verdict_text(difference))
-        rows.append((arm, *cells, ARMS.get(arm, "not described")))
+        rows.append((arm, *cells, arm_text(comparison, arm)))
     columns = ("control", "BatchFormer minus it", "95 % interval", "pairs", "verdict", "what the control is")
     metric = label(comparison.primary)
     note = f"Percentage points of {metric}; 'improves' means that BatchFormer does better than the control."

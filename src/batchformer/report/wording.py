@@ -5,11 +5,12 @@ effect; and a gain is put down to relations between samples only when BatchForme
 sees another.
 """
 
+from .caveats import flatten_config
 from .runs import BASELINE, TREATMENT, Comparison
 from .statistics import CONFIDENCE, PairedDifference
 
 __all__ = [
-    "ARMS",
+    "arm_text",
     "conclusions",
     "control_sentence",
     "describe_difference",
@@ -20,9 +21,9 @@ __all__ = [
 ]
 
 # What each arm is; the cards and the report use the same words.
-ARMS = {
+_ARMS = {
     "plain": "the network without BatchFormer",
-    "batchformer": "BatchFormer as published: trained, two streams, every sample attends to the whole batch",
+    "batchformer": "BatchFormer: trained, two streams, every sample attends to the whole batch",
     "frozen": "a random BatchFormer that is never trained",
     "self_only": "the same layer, trained, each sample attending to itself alone",
     "duplicate": "a second stream with dropout only, no layer",
@@ -61,6 +62,27 @@ _OTHER_CONTROL = (
     "It is not shown that what sets BatchFormer and this arm apart matters here.",
     "This arm does better than BatchFormer, so what sets the two apart does not explain a gain here.",
 )
+
+
+# Where a comparison's BatchFormer has the mixed stream alone (`mode: single_stream`).
+_SINGLE_STREAM_ARMS = {
+    "batchformer": "BatchFormer: trained, the mixed stream alone, every sample attends to the whole batch",
+    "frozen": "a random BatchFormer that is never trained, the mixed stream alone",
+    "self_only": "the same layer, trained, the mixed stream alone, each sample attending to itself alone",
+    "duplicate": "a plain stream and a second one with dropout only, no layer",
+}
+
+
+def arm_text(comparison: Comparison, arm: str) -> str:
+    """What an arm is, by the settings of the comparison's runs."""
+    special = _SINGLE_STREAM_ARMS if single_stream(comparison) else {}
+    return special.get(arm, _ARMS.get(arm, "not described"))
+
+
+def single_stream(comparison: Comparison) -> bool:
+    """Whether BatchFormer, in this comparison, has the mixed stream alone."""
+    modes = {flatten_config(run.config).get("model.batchformer.mode") for run in comparison.of(TREATMENT)}
+    return "single_stream" in modes
 
 
 def points(difference: float) -> str:
@@ -121,19 +143,22 @@ def gain_sentence(difference: PairedDifference, metric: str) -> str:
     return sentence + _reservations(difference)
 
 
-def control_sentence(control: str, difference: PairedDifference) -> str:
+def control_sentence(control: str, difference: PairedDifference, *, single: bool = False) -> str:
     """What one control says about the source of a gain.
 
     Args:
         control: Name of the arm.
         difference: ``batchformer - control`` on the primary metric.
+        single: Whether BatchFormer has the mixed stream alone: from ``duplicate``, which always has two, it then
+            differs in more than the layer.
 
     Example:
         >>> from batchformer.report.statistics import paired_difference
         >>> print(control_sentence("self_only", paired_difference({0: 0.8, 1: 0.8}, {0: 0.8, 1: 0.7})))
         self_only (BatchFormer minus it: +5.00 points, no interval, 2 pairs): Too few seeds to say.
     """
-    better, open_question, worse = _MEANING.get(control, _OTHER_CONTROL)
+    known = {} if single and control == "duplicate" else _MEANING
+    better, open_question, worse = known.get(control, _OTHER_CONTROL)
     meaning = {
         "improves": better,
         "worsens": worse,
@@ -178,7 +203,8 @@ def conclusions(comparison: Comparison) -> list[str]:
     controls = {name: comparison.difference(TREATMENT, name, comparison.primary) for name in comparison.controls}
     if controls and gain is not None and gain.verdict in ("no difference shown", "worsens"):
         sentences.append("As no gain over the plain network is shown, the controls have no gain to explain.")
-    sentences += [control_sentence(name, difference) for name, difference in controls.items()]
+    single = single_stream(comparison)
+    sentences += [control_sentence(name, difference, single=single) for name, difference in controls.items()]
     if gain is not None and gain.verdict == "improves" and "self_only" not in controls:
         sentences.append(
             "Whether the gain comes from relations between samples is open: that takes the control `self_only` "

@@ -19,7 +19,7 @@ from .pictures import picture_table
 from .reading import find_runs
 from .render import Table, to_csv, to_markdown
 from .runs import Comparison, Found, ReportError, Run
-from .wording import ARMS, conclusions, multiple_comparisons
+from .wording import arm_text, conclusions, multiple_comparisons
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -204,7 +204,7 @@ def _convergence_section(comparison: Comparison, notes: list[str]) -> list[str]:
 
 
 def _arm_lines(comparison: Comparison) -> list[str]:
-    return [f"`{arm}`: {ARMS.get(arm, 'not described')}." for arm in comparison.arms]
+    return [f"`{arm}`: {arm_text(comparison, arm)}." for arm in comparison.arms]
 
 
 def _runs_section(runs: Sequence[Run]) -> str:
