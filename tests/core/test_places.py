@@ -107,6 +107,70 @@ def test_several_heads_raise_with_the_candidates(heads: list[nn.Module]) -> None
         find_classifier(Heads(*heads))
 
 
+class Parts(nn.Module):
+    """Modules as attributes: nothing says in which order they run."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Parts(b=nn.Linear(4, 8), h1=nn.Linear(8, 8), h2=nn.Linear(8, 8)),
+        Parts(b=nn.Linear(4, 8), h1=nn.Linear(8, 8), h2=nn.Linear(8, 3)),
+        Parts(b=nn.Conv2d(3, 8, 3), h1=nn.Linear(8, 8), h2=nn.Linear(8, 8), h3=nn.Linear(8, 8)),
+        Heads(nn.Linear(8, 8), nn.Linear(8, 8)),
+        Heads(*(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3)) for _ in range(2))),
+        Heads(*(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in range(2))),
+        Parts(b=nn.Linear(4, 8), coarse=nn.Linear(8, 5), norm=nn.LayerNorm(8), fine=nn.Linear(8, 3)),
+        Parts(b=nn.Linear(4, 8), heads=Parts(h1=nn.Linear(8, 8), h2=nn.Linear(8, 8))),
+    ],
+)
+def test_heads_that_could_be_a_chain_raise_with_the_candidates(model: nn.Module) -> None:
+    with pytest.raises(
+        ValueError, match=r"may stand beside .*there may be several heads.*before=\.\.\. with one of \["
+    ):
+        find_classifier(model)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)), "2"),
+        (Parts(fc1=nn.Linear(256, 120), fc2=nn.Linear(120, 84), fc3=nn.Linear(84, 10)), "fc3"),
+        (Parts(body=nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8)), head=nn.Linear(8, 3)), "head"),
+        (Parts(stem=nn.Linear(8, 8), norm=nn.LayerNorm(8), head=nn.Linear(8, 3)), "head"),
+        (
+            Parts(
+                blocks=nn.ModuleList(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in range(3)),
+                head=nn.Linear(8, 3),
+            ),
+            "head",
+        ),
+        (Parts(b=nn.Linear(4, 8), mix=BatchFormer(8), head=nn.Linear(8, 3)), "head"),
+        (Parts(b=nn.Linear(4, 8), head=nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))), "head.2"),
+        (nn.Linear(4, 3), ""),
+    ],
+)
+def test_what_can_only_be_a_chain_is_one(model: nn.Module, name: str) -> None:
+    assert last_linear(model) == name
+
+
+def test_a_head_that_a_library_names_may_have_hidden_layers() -> None:
+    model = Parts(body=nn.Linear(4, 8), head=Parts(dense=nn.Linear(8, 8), out=nn.Linear(8, 3)))
+    assert last_linear(model, model.head) == "head.out"
+    with pytest.raises(ValueError, match="'head.dense' may stand beside 'head.out'"):
+        last_linear(model)
+
+
+def test_without_any_linear_other_places_are_named() -> None:
+    with pytest.raises(ValueError, match=r"It has no Linear. Name another module, .* out of \['conv', 'norm'\]\.$"):
+        find_classifier(Parts(conv=nn.Conv2d(3, 8, 3), act=nn.ReLU(), norm=nn.BatchNorm2d(8)))
+
+
 def test_no_linear_at_the_end_raises_with_the_candidates() -> None:
     with pytest.raises(ValueError, match=r"last module with parameters is '1', no Linear.*one of \['0'\]"):
         find_classifier(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)))

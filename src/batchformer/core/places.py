@@ -178,16 +178,19 @@ def last_linear(model: nn.Module, part: nn.Module | None = None) -> str:
         part: The part of it to look in; all of it by default.
 
     Raises:
-        ValueError: When the last module with parameters is no ``Linear``, or when the run of ``Linear`` that it ends
-            does not fit together (two heads, one beside the other).
+        ValueError: When the last module with parameters is no ``Linear``, when the run of ``Linear`` that it ends does
+            not fit together, or, in a whole model, when another head may stand beside it.
     """
-    part = model if part is None else part
+    whole, part = part is None, model if part is None else part
     ours = {id(m) for module in part.modules() if isinstance(module, BatchFormer) for m in module.modules()}
     leaves = [m for m in part.modules() if _is_leaf(m) and id(m) not in ours]
     last = leaves.pop() if leaves else None
     if last is None or not isinstance(last, nn.Linear):
         found = repr(name_of(model, last)) if last else "missing"
         raise no_classifier(model, f"its last module with parameters is {found}, no Linear")
+    if whole and (rival := _rival(model, last, leaves)) is not None:
+        names = name_of(model, rival), name_of(model, last)
+        raise no_classifier(model, f"{names[0]!r} may stand beside {names[1]!r}: there may be several heads")
     linear = last
     while leaves and isinstance(before := leaves.pop(), nn.Linear):
         if before.out_features != linear.in_features:
@@ -195,6 +198,31 @@ def last_linear(model: nn.Module, part: nn.Module | None = None) -> str:
             raise no_classifier(model, f"{names[0]!r} does not lead into {names[1]!r}: there may be several heads")
         linear = before
     return name_of(model, last)
+
+
+def _rival(model: nn.Module, last: nn.Linear, others: list[nn.Module]) -> nn.Linear | None:
+    """The end of an earlier branch that may be another head, on the same features as the branch that ``last`` is in.
+
+    Only an ``nn.Sequential`` says in which order its parts run. Elsewhere an earlier branch of the same input width
+    that ends in a ``Linear`` is one that either leads nowhere (its output fits no such branch), or is just like this
+    one and right in front of it, as two heads with as many classes as channels, or hidden layers, would be.
+    """
+    owner, branches = model, name_of(model, last).split(".")
+    for name in branches:
+        branch = owner.get_submodule(name)
+        width = _width([m for m in branch.modules() if _is_leaf(m)], _INPUTS)
+        earlier = [m for m in others if m not in set(branch.modules())]
+        for child in [] if isinstance(owner, nn.Sequential) else owner.children():
+            if child is branch:
+                break
+            inside = set(child.modules())
+            leaves = [m for m in earlier if m in inside]
+            if not leaves or not isinstance(end := leaves[-1], nn.Linear) or _width(leaves, _INPUTS) != width:
+                continue
+            if end.out_features != width or (type(child) is type(branch) and end is earlier[-1]):
+                return end
+        owner = branch
+    return None
 
 
 def name_of(model: nn.Module, wanted: nn.Module) -> str:
@@ -218,10 +246,19 @@ def width_of(model: nn.Module, place: Place) -> int:
         ValueError: When no module there tells.
     """
     leaves = [m for m in model.get_submodule(place.name).modules() if _is_leaf(m)]
-    attributes = ("in_features", "in_channels", "num_features", "normalized_shape")
-    if place.where == "after":
-        leaves.reverse()
-        attributes = ("out_features", "out_channels", "num_features", "normalized_shape")
+    width = _width(leaves, _INPUTS) if place.where == "before" else _width(leaves[::-1], _OUTPUTS)
+    if width is None:
+        raise ValueError(
+            f"Expected to read the width {place} off the model, but no module there tells it. Pass dim=..."
+        )
+    return width
+
+
+_INPUTS = ("in_features", "in_channels", "num_features", "normalized_shape")
+_OUTPUTS = ("out_features", "out_channels", "num_features", "normalized_shape")
+
+
+def _width(leaves: list[nn.Module], attributes: tuple[str, ...]) -> int | None:
     for leaf in leaves:
         for attribute in attributes:
             value = getattr(leaf, attribute, None)
@@ -229,7 +266,7 @@ def width_of(model: nn.Module, place: Place) -> int:
                 value = value[-1]
             if isinstance(value, int):
                 return value
-    raise ValueError(f"Expected to read the width {place} off the model, but no module there tells it. Pass dim=...")
+    return None
 
 
 def _is_leaf(module: nn.Module) -> bool:
@@ -239,7 +276,8 @@ def _is_leaf(module: nn.Module) -> bool:
 def no_classifier(model: nn.Module, why: str) -> ValueError:
     """The error for ``before="auto"``, with the candidates."""
     candidates = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)][-8:]
-    return ValueError(
-        f"Expected a model with one classifier for before='auto', but {why}. Name the module: before=... with one of "
-        f"{candidates}."
-    )
+    way = f"Name the module: before=... with one of {candidates}."
+    if not candidates:
+        parts = [name for name, m in model.named_children() if any(True for _ in m.parameters())][-8:]
+        way = f"It has no Linear. Name another module, before=... or after=..., out of {parts}." if parts else ""
+    return ValueError(f"Expected a model with one classifier for before='auto', but {why}. {way}".strip())
