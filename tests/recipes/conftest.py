@@ -51,7 +51,11 @@ def make_data(
             return root
         if task == "detection":
             extra = {"test": 4, "unseen": 3} if dataset == "scenes" else {}
-            return write_coco(root, {"train": 9, "val": 4, **extra}, year=year)
+            write_coco(root, {"train": 9, "val": 4, **extra}, year=year)
+            if dataset == "scenes":  # the rest of what a written set has
+                for name in ("scenes.json", "annotations/panoptic_train.json"):
+                    (root / name).write_text("{}", encoding="utf-8")
+            return root
         if dataset == "fashion-mnist":
             return write_fashion(root, per_class=6, tested=2)
         if dataset in ("cifar10", "cifar100"):

@@ -36,6 +36,7 @@ RECIPES = [
     "detection/coco-detr-r50",
     "detection/coco-smca-r50",
     "detection/folder",
+    "detection/scenes",
     "longtail/cifar10-lt-balanced-softmax",
     "longtail/cifar100-lt-balanced-softmax",
     "longtail/cifar100-lt-paco",
@@ -72,7 +73,8 @@ def tiny(recipe: Recipe, root: Path, *, own_network: bool = False) -> list[str]:
     words += ["--trainer.max_epochs=2", "--trainer.limit_train_batches=2"]
     words += ["--trainer.check_val_every_n_epoch=1", "--trainer.accelerator=cpu", "--precision=32-true"]
     if settings["task"] != "longtail":
-        return words + tiny_detector(own_network)
+        some = ["--data.train_images=9"] if "train_images" in data else []
+        return words + some + tiny_detector(own_network)
     words += ["--data.many_over=5", "--data.few_under=3"]
     if data["dataset"] in ARRAYS:
         words += ["--data.n_max=5", "--data.imbalance_factor=2"]
