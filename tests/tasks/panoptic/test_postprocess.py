@@ -126,3 +126,14 @@ def test_instances_choose_among_objects_and_keep_things() -> None:
     torch.testing.assert_close(found.scores_S, logits.softmax(-1)[[0, 2], [0, 2]])
     assert [bool(mask.all()) for mask in found.masks_SHW] == [True, False]
     assert not bool(found.masks_SHW[1].any())
+
+
+def test_focal_scores_are_sigmoids_without_a_class_for_nothing() -> None:
+    logits = torch.tensor([[3.0, -3.0, -3.0, -3.0], [-3.0, 2.0, -3.0, 1.0], [-4.0, -4.0, -4.0, -4.0]])
+    masks = torch.zeros(3, 12, 16)
+    masks[0, :, :8], masks[1, :, 8:], masks[2] = 2.0, 2.0, 9.0
+    found = panoptic_map(logits, masks, SAME, IS_THING, kind="focal", threshold=0.5)
+    assert found.labels_S.tolist() == [0, 1]
+    torch.testing.assert_close(found.scores_S, torch.tensor([3.0, 2.0]).sigmoid())
+    things = instances(logits, masks, SAME, IS_THING, kind="focal")
+    assert things.labels_S.tolist() == [0, 0], "every query whose best class is a thing, however unlikely"

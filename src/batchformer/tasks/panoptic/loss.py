@@ -6,13 +6,14 @@ from typing import Literal
 from batchformer.tasks.set_prediction.losses import LossWeights, SetCriterion
 from batchformer.tasks.set_prediction.matching import MatchCosts
 
-from .settings import LossSettings
+from .settings import KINDS, Detector, LossSettings
 
 __all__ = ["stage_criterion"]
 
 
 def stage_criterion(
     settings: LossSettings,
+    detector: Detector,
     num_classes: int,
     stage: Literal["detector", "masks"],
     *,
@@ -26,6 +27,7 @@ def stage_criterion(
 
     Args:
         settings: Weights.
+        detector: Whose loss it is.
         num_classes: K, things and stuff together.
         stage: Which.
         two_streams: Whether the rows are [plain; mixed], or what tells.
@@ -36,19 +38,25 @@ def stage_criterion(
         appendix A.2 for the dice loss.
 
     Example:
-        >>> stage_criterion(LossSettings(), 7, "masks").weights
+        >>> stage_criterion(LossSettings(), "detr", 7, "masks").weights
         LossWeights(class_=0.0, l1=0.0, giou=0.0, mask=1.0, dice=1.0)
     """
+    kind = KINDS[detector]
+    class_weight = settings.class_weight
+    if class_weight is None:
+        class_weight = 1.0 if kind == "softmax" else 2.0
     if stage == "masks":
         weights = LossWeights(class_=0.0, l1=0.0, giou=0.0, mask=settings.mask_weight, dice=settings.dice_weight)
     else:
-        weights = LossWeights(settings.class_weight, settings.l1_weight, settings.giou_weight)
+        weights = LossWeights(class_weight, settings.l1_weight, settings.giou_weight)
     return SetCriterion(
         num_classes,
-        "softmax",
+        kind,
         weights,
-        MatchCosts("softmax", settings.class_weight, settings.l1_weight, settings.giou_weight),
+        MatchCosts(kind, class_weight, settings.l1_weight, settings.giou_weight),
         eos=settings.no_object_weight,
+        alpha=settings.alpha,
+        gamma=settings.gamma,
         cardinality=False,
         two_streams=two_streams,
         stream_weights=stream_weights,

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from batchformer.tasks.set_prediction.matching import MatchCosts, match
 
-from .model import DETECTOR
+from .model import detector_inside
 
 __all__ = ["MatchedQueries"]
 
 
 class MatchedQueries:
-    """Hooks on a ``DetrForSegmentation`` that is given ``labels`` in training; elsewhere they do nothing.
+    """Hooks on a network with a mask head that is given ``labels`` in training; elsewhere they do nothing.
 
     The masks of queries without a target come out as zeros.
 
@@ -33,7 +33,7 @@ class MatchedQueries:
         >>> from batchformer.tasks.panoptic.settings import NetworkSettings
         >>> from batchformer.tasks.set_prediction.backbone import BackboneSettings
         >>> backbone = BackboneSettings("efficientnet_lite0", pretrained=False, strides=[4, 8, 16, 32])
-        >>> small = NetworkSettings(backbone, d_model=32, encoder_layers=1, decoder_layers=1, num_queries=5)
+        >>> small = NetworkSettings("detr", backbone, d_model=32, encoder_layers=1, decoder_layers=1, num_queries=5)
         >>> network = with_masks(build_detector(small, 7))
         >>> matched = MatchedQueries(network, MatchCosts())
         >>> matched.remove()
@@ -45,7 +45,7 @@ class MatchedQueries:
         self._logits: Tensor | None = None
         self._boxes: Tensor | None = None
         self._places: tuple[Tensor, Tensor, Tensor, tuple[int, int]] | None = None
-        detector = network.get_submodule(DETECTOR)
+        detector = network.get_submodule(detector_inside(network))
         head = network.get_submodule("mask_head")
         self._hooks = [
             network.register_forward_pre_hook(self._begin, with_kwargs=True),

@@ -1,20 +1,21 @@
-"""The two networks: transformers' DETR, and the same with its mask head; both as they are, nothing edited."""
+"""The two networks: a detector of transformers, and the same with a mask head; both as they are, nothing edited."""
 
+import copy
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from batchformer.tasks.set_prediction.backbone import Backbone, create_backbone, replace_backbone, stand_in
 from batchformer.tasks.set_prediction.initial_weights import initialize
 
 from .settings import NetworkSettings
 
-__all__ = ["DETECTOR", "build_detector", "with_masks"]
-
-DETECTOR = "detr"
-"""The name of the detector inside the network with a mask head."""
+__all__ = ["build_detector", "detector_inside", "with_masks"]
 
 
 def build_detector(settings: NetworkSettings, num_classes: int) -> Any:
-    """A ``DetrForObjectDetection`` for segments: things and stuff are classes alike.
+    """A ``DetrForObjectDetection`` or ``ConditionalDetrForObjectDetection`` of segments: things and stuff alike.
 
     Args:
         settings: The network.
@@ -34,11 +35,11 @@ def build_detector(settings: NetworkSettings, num_classes: int) -> Any:
     Example:
         >>> from batchformer.tasks.set_prediction.backbone import BackboneSettings
         >>> backbone = BackboneSettings("efficientnet_lite0", pretrained=False, strides=[4, 8, 16, 32])
-        >>> small = NetworkSettings(backbone, d_model=32, encoder_layers=1, decoder_layers=1, num_queries=5)
+        >>> small = NetworkSettings("detr", backbone, d_model=32, encoder_layers=1, decoder_layers=1, num_queries=5)
         >>> type(build_detector(small, num_classes=7)).__name__
         'DetrForObjectDetection'
     """
-    from transformers import DetrConfig, DetrForObjectDetection
+    import transformers
 
     if len(settings.backbone.strides) != 4:
         raise ValueError(
@@ -52,7 +53,8 @@ def build_detector(settings: NetworkSettings, num_classes: int) -> Any:
             f"and num_heads={heads}. Take num_heads=8."
         )
     backbone = create_backbone(settings.backbone)
-    config = DetrConfig(
+    name = {"detr": "Detr", "conditional_detr": "ConditionalDetr"}[settings.detector]
+    config = getattr(transformers, f"{name}Config")(
         **stand_in(backbone),
         num_labels=num_classes,
         num_queries=settings.num_queries,
@@ -68,7 +70,7 @@ def build_detector(settings: NetworkSettings, num_classes: int) -> Any:
         activation_dropout=settings.dropout,
         auxiliary_loss=True,
     )
-    detector = DetrForObjectDetection(config)
+    detector = getattr(transformers, f"{name}ForObjectDetection")(config)
     replace_backbone(detector, backbone)
     initialize(detector)
     if settings.checkpointing:
@@ -79,27 +81,60 @@ def build_detector(settings: NetworkSettings, num_classes: int) -> Any:
 
 
 def with_masks(detector: Any) -> Any:
-    """A ``DetrForSegmentation`` around a trained detector, which is frozen; only the mask head is new, and trains.
+    """A ``DetrForSegmentation``, or its conditional sibling, around a trained detector, which is frozen.
 
-    The detector stays in training mode, dropout and batch attention included, as published.
+    Only the mask head is new, and trains. The detector stays in training mode, dropout and batch attention included, as
+    published. It becomes a part of the network, under the name that `detector_inside` says.
 
     Args:
-        detector: From `build_detector`, without BatchFormer; becomes a part of the result, under its name `DETECTOR`.
+        detector: From `build_detector`, without BatchFormer.
 
     Returns:
-        The network, in training mode: ``logits (B, Q, K + 1)``, ``pred_boxes (B, Q, 4)``, ``pred_masks (B, Q, h, w)``
-        at the resolution of the backbone's finest map.
+        The network, in training mode: ``logits``, ``pred_boxes (B, Q, 4)``, and ``pred_masks (B, Q, h, w)`` at the
+        resolution of the backbone's finest map.
 
     Source:
         DETR, section 4.4: the mask head is trained on the frozen detector.
     """
-    from transformers import DetrForSegmentation
+    import transformers
 
     for module in detector.modules():
         if isinstance(module, Backbone):
             module.trains = "nothing"
-    network = DetrForSegmentation(detector.config)
-    setattr(network, DETECTOR, detector.requires_grad_(False))
-    # The frozen detector's earlier layers have nothing to learn from.
+    name = type(detector).__name__.removesuffix("ForObjectDetection")
+    # A configuration of its own: where a decoder's says auxiliary_loss, it also normalises between its layers.
+    network = getattr(transformers, f"{name}ForSegmentation")(copy.deepcopy(detector.config))
+    setattr(network, detector_inside(network), detector.requires_grad_(False))
+    if name == "ConditionalDetr":
+        _ReferencePoints(detector)
+    # The loss is on the last layer alone: the frozen detector has nothing to learn.
     network.config.auxiliary_loss = False
     return network.train()
+
+
+def detector_inside(network: Any) -> str:
+    """The name of the detector inside a network with a mask head: ``detr`` or ``conditional_detr``."""
+    return str(network.config.model_type)
+
+
+class _ReferencePoints:
+    """Adds the reference points to the boxes, which ``ConditionalDetrForSegmentation`` of transformers (4.57 to 5.24)
+    leaves out: without them its boxes are not those that the detector learned, and the masks cannot be matched.
+
+    Works inside a network with a mask head, which calls the box head by itself; not for the detector alone.
+    """
+
+    def __init__(self, detector: nn.Module) -> None:
+        self.points_NQ2: Tensor | None = None
+        detector.get_submodule("model.decoder").register_forward_hook(self.keep)
+        detector.get_submodule("bbox_predictor").register_forward_hook(self.add)
+
+    def keep(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the decoder."""
+        self.points_NQ2 = output.reference_points.transpose(0, 1).logit(eps=1e-5)
+
+    def add(self, module: nn.Module, args: Any, boxes_NQ4: Tensor) -> Tensor:
+        """Forward hook of the box head, before its sigmoid."""
+        assert self.points_NQ2 is not None
+        centers, sides = boxes_NQ4.split(2, dim=-1)
+        return torch.cat((centers + self.points_NQ2, sides), dim=-1)

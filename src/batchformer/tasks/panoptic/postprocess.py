@@ -1,6 +1,6 @@
 """From the queries of a detector with masks to panoptic maps and to instances; pure functions.
 
-Axis letters: Q queries, K classes (no-object comes after them), h, w of the mask head, H, W pixels, S segments.
+Axis letters: Q queries, K classes, h, w of the mask head, H, W pixels, S segments.
 """
 
 from collections.abc import Mapping
@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from batchformer.tasks.set_prediction.matching import Kind
 
 from .maps import PanopticMap
 
@@ -65,6 +67,7 @@ def panoptic_map(
     frame: Frame,
     is_thing_K: Tensor,
     *,
+    kind: Kind = "softmax",
     threshold: float = 0.85,
     smallest: int = 4,
 ) -> PanopticMap:
@@ -76,10 +79,11 @@ def panoptic_map(
     small.
 
     Args:
-        logits_QK: ``(Q, K + 1)``, no-object last.
+        logits_QK: With "softmax" ``(Q, K + 1)``, no-object last; with "focal" ``(Q, K)``.
         masks_Qhw: Mask logits of the padded batch.
         frame: Where the image lies in it.
         is_thing_K: ``(K,)`` bool: countable class, or stuff.
+        kind: How scores follow from logits: DETR's softmax, or Conditional DETR's sigmoid of each class.
         threshold: Least confidence, in [0, 1].
         smallest: Pixels.
 
@@ -97,7 +101,7 @@ def panoptic_map(
         >>> panoptic_map(logits, masks, frame, torch.tensor([True, False]), smallest=0).ids_HW
         tensor([[1, 2]])
     """
-    scores_Q, labels_Q = logits_QK.float().softmax(-1).max(-1)
+    scores_Q, labels_Q = (logits_QK.float().softmax(-1) if kind == "softmax" else logits_QK.float().sigmoid()).max(-1)
     keep_Q = (labels_Q < len(is_thing_K)) & (scores_Q > threshold)
     # The most confident first: it names a segment of merged stuff.
     order = scores_Q.argsort(descending=True, stable=True)
@@ -145,7 +149,7 @@ class Instances(NamedTuple):
 
     Attributes:
         masks_SHW: At the size of the file, bool.
-        scores_S: Softmax of the class.
+        scores_S: Of the class.
         labels_S: Class index.
     """
 
@@ -154,20 +158,24 @@ class Instances(NamedTuple):
     labels_S: Tensor
 
 
-def instances(logits_QK: Tensor, masks_Qhw: Tensor, frame: Frame, is_thing_K: Tensor) -> Instances:
+def instances(
+    logits_QK: Tensor, masks_Qhw: Tensor, frame: Frame, is_thing_K: Tensor, *, kind: Kind = "softmax"
+) -> Instances:
     """The instances of one image for mask AP: every query whose best class is a thing, with its mask above one half.
 
     Args:
-        logits_QK: ``(Q, K + 1)``, no-object last; it takes part in the softmax and is never chosen.
+        logits_QK: As in `panoptic_map`; no-object takes part in the softmax and is never chosen.
         masks_Qhw: Mask logits of the padded batch.
         frame: Where the image lies in it.
         is_thing_K: ``(K,)`` bool.
+        kind: How scores follow from logits.
 
     Example:
         >>> found = instances(torch.eye(3), torch.ones(3, 2, 2), Frame((4, 4), (4, 4), (4, 4)), torch.ones(2) > 0)
         >>> found.labels_S, found.masks_SHW.shape
         (tensor([0, 1, 0]), torch.Size([3, 4, 4]))
     """
-    scores_Q, labels_Q = logits_QK.float().softmax(-1)[:, :-1].max(-1)
+    logits_QK = logits_QK.float()
+    scores_Q, labels_Q = (logits_QK.softmax(-1)[:, :-1] if kind == "softmax" else logits_QK.sigmoid()).max(-1)
     keep_Q = is_thing_K.to(labels_Q.device)[labels_Q]
     return Instances(masks_at(masks_Qhw[keep_Q], frame) > 0, scores_Q[keep_Q], labels_Q[keep_Q])

@@ -87,7 +87,9 @@ def segments_of(restored: Restored, image: Image.Image, threshold: float | None 
     if threshold is not None:
         settings["threshold"] = threshold
     is_thing = torch.tensor(facts.is_thing)
-    return panoptic_map(output.logits[0], output.pred_masks[0], Frame.of(batch, 0), is_thing, **settings)
+    return panoptic_map(
+        output.logits[0], output.pred_masks[0], Frame.of(batch, 0), is_thing, kind=restored.kind, **settings
+    )
 
 
 def write_png(segments: PanopticMap, path: Path) -> None:

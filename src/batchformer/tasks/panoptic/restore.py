@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from batchformer.tasks.set_prediction.backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneSettings
+from batchformer.tasks.set_prediction.matching import Kind
 from batchformer.tasks.training.contract import Exportable
 
-from .model import DETECTOR, build_detector, with_masks
-from .settings import NetworkSettings, PostprocessSettings
+from .model import build_detector, with_masks
+from .settings import KINDS, NetworkSettings, PostprocessSettings
 
 __all__ = ["DataFacts", "Restored", "Stored", "exportable", "load_network", "read_checkpoint"]
 
@@ -90,19 +91,22 @@ def read_checkpoint(run: str | Path) -> Stored:
     # The checkpoint brings the weights; nothing is to be fetched.
     backbone = BackboneSettings(**{**stored["network"]["backbone"], "pretrained": False})
     state = {k.removeprefix("network."): v for k, v in checkpoint["state_dict"].items() if k.startswith("network.")}
-    parts: dict[str, dict[str, Tensor]] = {DETECTOR: {}, "batchformer": {}, "masks": {}}
+    settings = NetworkSettings(**{**stored["network"], "backbone": backbone})
+    parts: dict[str, dict[str, Tensor]] = {"detector": {}, "batchformer": {}, "masks": {}}
     for key, value in state.items():
         head, _, rest = key.partition(".")
-        if head in (DETECTOR, "batchformer"):
-            parts[head][rest.removeprefix(f"{DETECTOR}_")] = value  # of modules named by their places
+        if head == "batchformer":
+            parts[head][rest.removeprefix(f"{settings.detector}_")] = value  # of modules named by their places
+        elif head == settings.detector:
+            parts["detector"][rest] = value
         else:
-            parts[DETECTOR if stored["part"] == "detector" else "masks"][key] = value
+            parts[stored["part"]][key] = value
     return Stored(
         stored["part"],
-        NetworkSettings(**{**stored["network"], "backbone": backbone}),
+        settings,
         PostprocessSettings(**stored["postprocess"]),
         DataFacts(**stored["data"]),
-        parts[DETECTOR],
+        parts["detector"],
         parts["masks"],
         parts["batchformer"],
     )
@@ -116,6 +120,11 @@ class Restored(NamedTuple):
     facts: DataFacts
     settings: NetworkSettings
     postprocess: PostprocessSettings
+
+    @property
+    def kind(self) -> Kind:
+        """How scores follow from logits."""
+        return KINDS[self.settings.detector]
 
 
 def load_network(run: str | Path) -> Restored:
@@ -132,7 +141,7 @@ def load_network(run: str | Path) -> Restored:
         if stored.part == "masks":
             network = with_masks(network)
             absent = network.load_state_dict(stored.masks, strict=False).missing_keys
-            assert all(key.startswith(f"{DETECTOR}.") for key in absent)
+            assert all(key.startswith(f"{stored.settings.detector}.") for key in absent)
     return Restored(network.eval(), stored.part, stored.facts, stored.settings, stored.postprocess)
 
 
@@ -168,8 +177,10 @@ def exportable(run: Path) -> Exportable:
             **asdict(facts),
             "postprocess": asdict(postprocess),
             "input": "(image / 255 - mean) / std, padded with 0 right and bottom; pixel_mask is 1 on the image",
-            "output": "softmax of logits, the last class is 'no object'; pred_boxes: center x, center y, width, height "
-            "as shares of the image without its padding; pred_masks: logits over the padded image",
+            "scores": KINDS[settings.detector],
+            "output": "logits: softmax with 'no object' last, or a sigmoid for each class (focal); pred_boxes: center "
+            "x, center y, width, height as shares of the image without its padding; pred_masks: logits over the padded "
+            "image",
             "mean": list(IMAGENET_MEAN),
             "std": list(IMAGENET_STD),
         },

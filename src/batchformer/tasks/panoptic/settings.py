@@ -4,13 +4,20 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from batchformer.tasks.set_prediction.backbone import BackboneSettings
+from batchformer.tasks.set_prediction.matching import Kind
+
+Detector = Literal["detr", "conditional_detr"]
+KINDS: dict[str, Kind] = {"detr": "softmax", "conditional_detr": "focal"}
+"""How each detector's logits become scores, as published."""
 
 
 @dataclass
 class NetworkSettings:
-    """The network: DETR, and its mask head.
+    """The network: a detector, and DETR's mask head.
 
     Attributes:
+        detector: Which one. ``detr`` is the published one of panoptic segmentation; ``conditional_detr`` learns in a
+            tenth of the time.
         backbone: Its maps; four of them, finest first. The detector takes the last, the mask head all.
         d_model: Width of the transformer, a multiple of 16.
         encoder_layers: Of the transformer.
@@ -22,6 +29,7 @@ class NetworkSettings:
         checkpointing: Gradient checkpointing: less memory, more time, the same numbers.
     """
 
+    detector: Detector = "detr"
     backbone: BackboneSettings = field(default_factory=lambda: BackboneSettings(strides=[4, 8, 16, 32]))
     d_model: int = 256
     encoder_layers: int = 6
@@ -38,18 +46,22 @@ class LossSettings:
     """Weights of the loss; the matching has the same for class and boxes.
 
     Attributes:
-        class_weight: Of the cross-entropy.
+        class_weight: Of the class term; ``None`` is 1 for DETR and 2 for Conditional DETR, as published.
         l1_weight: Of the boxes' distance.
         giou_weight: Of the boxes' overlap.
-        no_object_weight: Of "no object" in the cross-entropy.
+        no_object_weight: Of "no object" in the cross-entropy (DETR).
+        alpha: Of the focal loss (Conditional DETR).
+        gamma: Of the focal loss.
         mask_weight: Of the masks' focal loss.
         dice_weight: Of their dice loss.
     """
 
-    class_weight: float = 1.0
+    class_weight: float | None = None
     l1_weight: float = 5.0
     giou_weight: float = 2.0
     no_object_weight: float = 0.1
+    alpha: float = 0.25
+    gamma: float = 2.0
     mask_weight: float = 1.0
     dice_weight: float = 1.0
 

@@ -26,11 +26,11 @@ from .loss import stage_criterion
 from .maps import PanopticMap
 from .matched import MatchedQueries
 from .metrics import PanopticMetrics
-from .model import DETECTOR, build_detector, with_masks
+from .model import build_detector, with_masks
 from .pictures import draw, side_by_side
 from .postprocess import Frame, instances, panoptic_map
 from .restore import DataFacts, Part, read_checkpoint
-from .settings import LossSettings, NetworkSettings, PostprocessSettings, StageSettings
+from .settings import KINDS, LossSettings, NetworkSettings, PostprocessSettings, StageSettings
 
 DIVERGED = (
     "Lower model.optimizer.lr or model.stage.lr, raise model.optimizer.warmup_epochs, clip with "
@@ -40,7 +40,7 @@ AFTER_THE_FIRST_LAYER = BatchFormerSettings(before=None, after=["model.encoder.l
 
 
 class PanopticTask(LightningModule):
-    """Train DETR on things and stuff, then a mask head on the frozen detector; test the plain network.
+    """Train a detector on things and stuff, then a mask head on the frozen detector; test the plain network.
 
     BatchFormer goes behind layers of the detector's encoder (``batchformer.after`` names them as in the detector).
     While the mask head learns it stays there, frozen with the detector, so that the mask head sees both streams; with
@@ -164,7 +164,7 @@ class PanopticTask(LightningModule):
             torch.manual_seed(derive_seed(self.seed, 3))
             self.network = network = with_masks(detector)
             if modules and self.stage.batchformer:
-                self.handle = insert_plug_in(network, _inside(self.plug_in))
+                self.handle = insert_plug_in(network, self._inside())
         for module, trained in zip(self.handle.modules if self.handle else [], modules, strict=False):
             module.load_state_dict(trained.state_dict())
             module.freeze()
@@ -174,9 +174,15 @@ class PanopticTask(LightningModule):
         # After the insertion, whose hooks double the labels.
         MatchedQueries(network, self.installed.criterion.match_costs)
 
+    def _inside(self) -> BatchFormerSettings:
+        """The module's places, named from the network around the detector."""
+        after = [self.plug_in.after] if isinstance(self.plug_in.after, str) else self.plug_in.after
+        return replace(self.plug_in, after=[f"{self.network_settings.detector}.{name}" for name in after or []])
+
     def _use_criterion(self) -> None:
         criterion = stage_criterion(
             self.loss_settings,
+            self.network_settings.detector,
             len(cast(DataFacts, self.facts).classes),
             self.part,
             two_streams=lambda: self.handle is not None and self.handle.doubles,
@@ -231,13 +237,13 @@ class PanopticTask(LightningModule):
         output, facts, labels = self(batch), cast(DataFacts, self.facts), batch["labels"]
         if not bool(torch.isfinite(output.logits).all()):
             raise FloatingPointError(f"Expected finite logits of the {split} images, got others. {DIVERGED}")
-        is_thing = torch.tensor(facts.is_thing, device=self.device)
+        is_thing, kind = torch.tensor(facts.is_thing, device=self.device), KINDS[self.network_settings.detector]
         predicted, found = [], []
         for row in range(len(labels) if self.part == "masks" else 0):
             frame = Frame.of(batch, row)
             masks, logits = output.pred_masks[row], output.logits[row]
-            predicted.append(panoptic_map(logits, masks, frame, is_thing, **asdict(self.postprocess)))
-            found.append(instances(logits, masks, frame, is_thing))
+            predicted.append(panoptic_map(logits, masks, frame, is_thing, kind=kind, **asdict(self.postprocess)))
+            found.append(instances(logits, masks, frame, is_thing, kind=kind))
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         if self.trainer.testing:
@@ -246,7 +252,7 @@ class PanopticTask(LightningModule):
         metrics = cast(PanopticMetrics, self.metrics[split])
         sizes = torch.stack([label["orig_size"] for label in labels])
         metrics.update_boxes(
-            detections(output.logits, output.pred_boxes, sizes, "softmax"), [label["truth_boxes"] for label in labels]
+            detections(output.logits, output.pred_boxes, sizes, kind), [label["truth_boxes"] for label in labels]
         )
         if predicted:
             ids, truth = [int(label["image_id"]) for label in labels], [label["truth"] for label in labels]
@@ -348,9 +354,3 @@ class PanopticTask(LightningModule):
                 )
         if stored["part"] == "masks" and self.part == "detector":
             self._begin_masks()
-
-
-def _inside(plug_in: BatchFormerSettings) -> BatchFormerSettings:
-    """The same places, named from the network around the detector."""
-    after = [plug_in.after] if isinstance(plug_in.after, str) else plug_in.after
-    return replace(plug_in, after=[f"{DETECTOR}.{name}" for name in after or []])
