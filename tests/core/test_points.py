@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from batchformer import BatchFormer, BatchFormerWarning, insert, remove
+from batchformer import BatchFormer, BatchFormerWarning, describe, insert, remove
 from batchformer.core import places as places_module
 from batchformer.core.places import Plan, find_places
 
@@ -106,6 +106,53 @@ def test_single_stream_keeps_the_rows_at_every_point() -> None:
     assert handle.split(model(x))[0] is None
     labels = torch.arange(N)
     assert handle.expand(labels) is labels
+
+
+class ByItsWeight(Tower):
+    """A head that is there, and never called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = nn.functional.linear(self.blocks[0](x), self.head.weight, self.head.bias)
+        return out
+
+
+def test_a_point_that_never_runs_warns_once() -> None:
+    model = ByItsWeight()
+    insert(model, before="head")
+    model.eval()(features())
+    with pytest.warns(
+        BatchFormerWarning, match=r"\(before 'head'\) did nothing in training: .* take the weights"
+    ) as told:
+        assert model.train()(features()).shape == (N, 3)
+    assert len(told) == 1
+    model(features())
+    twin = copy.deepcopy(model)  # speaks for itself
+    with pytest.warns(BatchFormerWarning, match="did nothing in training"):
+        twin(features())
+
+
+def test_a_head_that_was_replaced_warns_and_is_described() -> None:
+    model = Tower()
+    handle = insert(model, before="head")
+    assert "not in effect" not in str(describe(model))
+    model.head = nn.Linear(C, 7).double()
+    assert "not in effect before 'head': the module there was replaced" in str(describe(model))
+    with pytest.warns(BatchFormerWarning, match="replaced since insert"):
+        model(features())
+    handle.remove()
+    insert(model, before="head")
+    assert model(features()).shape == (2 * N, 7)
+
+
+def test_a_point_that_runs_beside_one_that_does_not_is_silent() -> None:
+    """As under layer drop; and each insertion speaks for itself."""
+    model = ByItsWeight()
+    insert(model, after=["blocks.0", "blocks.1"])
+    model(features())
+    insert(model, before="head")
+    with pytest.warns(BatchFormerWarning, match="before 'head'") as told:
+        model(features())
+    assert len(told) == 1
 
 
 def test_parallel_branches_each_double() -> None:

@@ -48,6 +48,9 @@ def describe(model: nn.Module) -> Description:
             shared = f", weights shared by {len(places)} places" if len(places) > 1 else ""
             lines.append(f"BatchFormer {where}: {_facts(module)}{shared}")
         lines.append(f"  {_effect(model, handle)}")
+        if gone := handle.replaced():
+            where = ", ".join(str(place) for place in gone)
+            lines.append(f"  not in effect {where}: the module there was replaced; remove() and insert() again")
     for name, module in model.named_modules():
         if isinstance(module, BatchFormer) and id(module) not in inserted:
             lines.append(f"BatchFormer as module {name or 'itself'!r}: {_facts(module)}")

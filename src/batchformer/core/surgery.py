@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from . import streams
 from .modules import BatchFormer
 from .notices import BatchFormerWarning
-from .places import Once, Plan, find_classifier, find_places, width_of
+from .places import Once, Place, Plan, find_classifier, find_places, width_of
 from .points import Companions, Pass, Passenger, Point, Shared, input_names, points_in
 
 T = TypeVar("T")
@@ -150,6 +151,28 @@ class Handle:
 
     def _end_pass(self, *_: Any) -> None:
         self._state.running = False
+        if self.modules[0].training and not torch.compiler.is_compiling():
+            self._warn_if_idle()
+
+    def replaced(self) -> list[Place]:
+        """Places whose module is not the one of :func:`insert` any more, so that nothing is mixed there."""
+        found = {point.place for point in points_in(self._model) if point.state is self._state}
+        return [place for place in self.places if place not in found]
+
+    def _warn_if_idle(self) -> None:
+        told = self.modules[0]._told
+        if "idle" in told or any(self._state.roles.get(place) for place in self.places):
+            return
+        told.add("idle")
+        where = ", ".join(str(place) for place in self.places)
+        why = "the model did not call it as a module in this pass: its forward() may take the weights instead"
+        if self.replaced():
+            why = "its module was replaced since insert(). remove() and insert() again, after the last change"
+        warnings.warn(
+            f"BatchFormer ({where}) did nothing in training: {why}. The outputs are those of the plain network.",
+            BatchFormerWarning,
+            stacklevel=2,
+        )
 
     def _doubles_inputs_of(self, name: str) -> bool:
         # Of several insertions into one model, one doubles each companion.
