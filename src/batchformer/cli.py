@@ -6,10 +6,11 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+AddVerb = Callable[..., argparse.ArgumentParser]
 MAIN_RECIPE = "longtail/fashion-mnist-lt"
 FOLDER_RECIPE = "longtail/folder"
 OVERRIDES = (
@@ -119,6 +120,14 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         verb.set_defaults(run=run)
         return verb
 
+    _add_data_verbs(add)
+    _add_training_verbs(add)
+    _add_result_verbs(add)
+    add("env", _env, "versions and hardware, for a report of a problem")
+    return parser, dict(sub.choices)
+
+
+def _add_data_verbs(add: AddVerb) -> None:
     ls = add("ls", _ls, "recipes, their data, and whether the data is here")
     ls.add_argument("recipe", nargs="?", help="show this recipe's header")
 
@@ -132,6 +141,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     for name, (kind, text) in SCENES.items():
         scenes.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text)
 
+
+def _add_training_verbs(add: AddVerb) -> None:
     fit = add("fit", _fit, "one run: train, then test the plain network", OVERRIDES)
     fit.add_argument("recipe", metavar="RECIPE", help="name (batchformer ls), .yaml file, or run folder with --resume")
     fit.add_argument("--name", help="of the run folder (default: recipe, arm and seed)")
@@ -152,6 +163,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     compare.add_argument("--out", default="runs", help="where the folder goes (default: runs)")
     compare.add_argument("--resume", action="store_true", help="go on, or add seeds and controls")
 
+
+def _add_result_verbs(add: AddVerb) -> None:
     report = add("report", _report, "tables and plots of runs and comparisons")
     report.add_argument("runs", metavar="RUN", nargs="+", help="run folders, comparison folders, or folders of these")
     report.add_argument("--out", help="folder (default: report/ in the first RUN)")
@@ -171,9 +184,6 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     convert = add("convert", _convert, "a published checkpoint of the DETR family as a folder for transformers")
     convert.add_argument("checkpoint", metavar="CHECKPOINT", help=".pth file of official code, with BatchFormer or not")
     convert.add_argument("--out", required=True, help="folder")
-
-    add("env", _env, "versions and hardware, for a report of a problem")
-    return parser, dict(sub.choices)
 
 
 def _take_overrides(words: list[str], verb: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
