@@ -164,8 +164,8 @@ def convert_checkpoint(checkpoint: str | os.PathLike[str] | Mapping[str, Any], m
         Traceback (most recent call last):
         ValueError: Expected a checkpoint of the official DETR, ..., got keys like ['fc.weight']. ...
     """
-    content = checkpoint if isinstance(checkpoint, Mapping) else _read(checkpoint)
-    weights = _weights(content)
+    content = read_published(checkpoint)
+    weights = published_weights(content)
     kind = published_kind(weights)
     own = model.state_dict()
     found, unexpected = _find_places(weights, kind, own)
@@ -214,7 +214,15 @@ def published_kind(keys: Iterable[str]) -> Kind:
     )
 
 
-def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+def read_published(path: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a ``.pth`` file of the official code holds, loaded weights-only; a mapping is returned as it is.
+
+    Raises:
+        ValueError: When the file is no checkpoint, or holds Python objects.
+        FileNotFoundError: When there is no such file.
+    """
+    if isinstance(path, Mapping):
+        return path
     try:
         # The official code saves its command line beside the weights: a plain namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -230,7 +238,13 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     return content
 
 
-def _weights(content: Mapping[str, Any]) -> dict[str, Tensor]:
+def published_weights(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of an official checkpoint, without the prefixes of wrappers.
+
+    Example:
+        >>> list(published_weights({"model": {"module.fc.weight": torch.zeros(2, 2)}, "epoch": 3}))
+        ['fc.weight']
+    """
     weights = content.get("model", content)
     return {
         key.removeprefix("module.").removeprefix("detr."): value

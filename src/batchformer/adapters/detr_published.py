@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .detr_checkpoints import Kind, Report, _read, _weights, convert_checkpoint, published_kind
+from .detr_checkpoints import Kind, Report, convert_checkpoint, published_kind, published_weights, read_published
 
 _CLASSES = {
     "detr": ("DetrConfig", "DetrForObjectDetection"),
@@ -51,8 +51,8 @@ def build_published(path: str | os.PathLike[str] | Mapping[str, Any]) -> Publish
     """
     import transformers
 
-    content = path if isinstance(path, Mapping) else _read(path)
-    weights = _weights(content)
+    content = read_published(path)
+    weights = published_weights(content)
     kind = published_kind(weights)
     config_class, model_class = _CLASSES[kind]
     if any(name.startswith("mask_head.") for name in weights):
