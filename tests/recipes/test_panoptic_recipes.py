@@ -3,6 +3,10 @@
 import csv
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,8 @@ from batchformer.tasks.panoptic.task import PanopticTask
 
 Write = Callable[..., Path]
 RECIPES = ["panoptic/coco-detr-r50", "panoptic/folder", "panoptic/scenes"]
+RESUMED = {"panoptic/coco-detr-r50": [2], "panoptic/folder": [1]}
+"""In which epoch a run is stopped; ``scenes`` is ``folder`` with other images."""
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 NETWORK = ["d_model=32", "ffn_dim=48", "encoder_layers=2", "decoder_layers=2", "num_queries=7"]
 
@@ -136,7 +142,7 @@ def check_that_it_resumes(recipe: Recipe, words: list[str], whole: Path, epoch: 
 def test_both_stages_train_record_and_resume(
     name: str, write_panoptic: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the first epoch of the mask head, and in its second: the same end, bit for bit."""
+    """Stopped in the first epoch of the mask head, or in its second: the same end, bit for bit."""
     recipe, words = find_recipe(name), tiny(write_panoptic(tmp_path / "data"), epochs=3)
     result = fit(recipe, words, tmp_path / "whole")
     assert result["primary"] == "PQ" and 0 <= result["metrics"]["PQ"] <= 1
@@ -148,7 +154,7 @@ def test_both_stages_train_record_and_resume(
     assert all(math.isfinite(float(row["train_loss"])) for row in history)
     assert history[0]["val_PQ"] == "" and all(row["val_PQ"] for row in history[1:])
     assert len(list((tmp_path / "whole" / "pictures").glob("*.png"))) == 2
-    for epoch in (1, 2):
+    for epoch in RESUMED.get(name, ()):
         check_that_it_resumes(recipe, words, tmp_path / "whole", epoch, monkeypatch)
 
 
@@ -238,3 +244,31 @@ def test_settings_that_do_not_go_together(
 def test_a_detector_alone_is_not_compared() -> None:
     assert PanopticTask.not_comparable({"model.stage.name": "both"}.get) is None
     assert "no" in (PanopticTask.not_comparable({"model.stage.name": "detector"}.get) or "")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_two_ranks_train_either_stage_and_count_every_image_once(write_panoptic: Write, tmp_path: Path) -> None:
+    words = tiny(write_panoptic(tmp_path / "data"), epochs=1)
+    first = ["--model.stage.name=detector"]
+    second = ["--model.stage.name=masks", f"--model.stage.start_from={tmp_path / 'first'}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    for name, stage in {"first": first, "second": second}.items():
+        command = [*launcher, f"--master-port={free_port()}", "-m", "batchformer", "fit", "panoptic/folder"]
+        command += [*words, *stage, "--data.batch_size=2", "--model.batchformer.gather=all", f"--out={tmp_path}"]
+        command += [f"--name={name}", "--trainer.devices=2", "--trainer.strategy=ddp"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Warning" not in done.stderr
+        result = json.loads((tmp_path / name / "result.json").read_text(encoding="utf-8"))
+        assert result["metrics"] == pytest.approx(engine.test(tmp_path / name), abs=1e-6, nan_ok=True)
+    refused = [*launcher, f"--master-port={free_port()}", "-m", "batchformer", "fit", "panoptic/folder"]
+    refused += [*tiny(tmp_path / "data"), f"--out={tmp_path}", "--name=both", "--trainer.devices=2"]
+    done = subprocess.run(refused, capture_output=True, text=True, timeout=500, env=environment, check=False)
+    assert done.returncode != 0 and "Expected one process for stage.name=both" in done.stderr
