@@ -11,6 +11,7 @@ from batchformer.data.checks import check_classes, check_samples
 from batchformer.data.errors import DataError, DataNotFoundError
 from batchformer.data.images import decode, decode_all, probe
 from batchformer.data.lists import Samples, check_labels, read_folder, read_list
+from batchformer.data.transforms import image_eval
 
 Writer = Callable[..., Path]
 
@@ -183,15 +184,24 @@ def test_every_kind_of_image_becomes_grey_or_rgb(tmp_path: Path) -> None:
         assert decode(tmp_path / name, 1).mode == "L"
 
 
+def test_floating_point_grey_is_read_by_its_range(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    for scale in (1, 255, 65535):
+        Image.fromarray(ramp * scale).save(tmp_path / "float.tiff")
+        assert np.abs(np.asarray(decode(tmp_path / "float.tiff", 1), dtype=float) - ramp * 255).max() <= 1.01, scale
+    Image.fromarray(np.full((8, 8), 1, np.int32)).save(tmp_path / "dark.tiff")  # whole numbers stay what they are
+    assert np.asarray(decode(tmp_path / "dark.tiff", 1)).max() == 1
+
+
 def test_probe_and_decode_all(tmp_path: Path, write_images: Writer) -> None:
     colour = read_folder(write_images(tmp_path / "colour", [4, 4], side=30))["all"]
     grey = read_folder(write_images(tmp_path / "grey", [4, 4], grey=True, side=20))["all"]
     assert probe(colour)[0] == 3
     assert probe(grey)[0] == 1
     assert 20 <= probe(grey)[1] <= 28
-    images = decode_all(grey, 16, 1)
+    images = decode_all(grey, image_eval(16), 16, 1)
     assert images.shape == (8, 1, 16, 16)
     assert images.dtype == torch.uint8
     Image.fromarray(np.full((10, 20), 77, np.uint8)).save(tmp_path / "flat.png")
-    flat = decode_all(Samples(tmp_path, ["flat.png"], torch.zeros(1), ["a"]), 8, 3)
+    flat = decode_all(Samples(tmp_path, ["flat.png"], torch.zeros(1), ["a"]), image_eval(8), 8, 3)
     assert set(flat.flatten().tolist()) == {77}

@@ -18,6 +18,7 @@ from batchformer.data.transforms import (
     Mix,
     image_augment,
     image_eval,
+    image_keep,
     normalize,
     resolve_steps,
     seeded,
@@ -216,6 +217,16 @@ def test_evaluation_pipeline() -> None:
     expected = v2.functional.pil_to_tensor(v2.CenterCrop(224)(v2.Resize(256)(image)))
     assert image_eval(224)(image).equal(expected)
     assert image_eval(32)(image).shape == (3, 32, 32)
+    assert image_eval(224)(torch.zeros(2, 1, 300, 400, dtype=torch.uint8)).shape == (2, 1, 224, 224)
+
+
+def test_what_is_kept_in_memory_for_training() -> None:
+    image = Image.fromarray(pictures((1, 3, 300, 400))[0].permute(1, 2, 0).numpy())
+    square = v2.functional.pil_to_tensor(v2.CenterCrop(224)(v2.Resize(224)(image)))
+    assert image_keep(["imagenet"], 224)(image).equal(square)  # resized_crop: as much as there is
+    assert image_keep(["paco_query", "paco_key"], 224)(image).equal(square)
+    for steps in ([["flip"]], ["none"], ["imagenet", ["flip"]]):  # as image_augment and the evaluation
+        assert image_keep(steps, 224)(image).equal(image_eval(224)(image))
 
 
 @pytest.mark.parametrize(

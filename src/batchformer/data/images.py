@@ -28,8 +28,9 @@ def in_threads(function: Callable[[_T], _R], items: Sequence[_T], title: str) ->
 def decode(path: Path, channels: int, *, upright: bool = True) -> Image.Image:
     """Open an image of any kind as 8-bit grey (``channels=1``) or RGB (3), upright and opaque.
 
-    Transparent pixels become white, 16-bit grey is scaled down, camera orientation is applied (unless ``upright`` is
-    off: boxes are drawn on the pixels as they are stored), the first frame counts.
+    Transparent pixels become white, 16-bit grey is scaled down, floating-point grey that stays within 1 is scaled up,
+    camera orientation is applied (unless ``upright`` is off: boxes are drawn on the pixels as they are stored), the
+    first frame counts.
 
     Raises:
         OSError: Pillow cannot decode the file.
@@ -37,8 +38,10 @@ def decode(path: Path, channels: int, *, upright: bool = True) -> Image.Image:
     with Image.open(path) as opened:
         image: Image.Image = ImageOps.exif_transpose(opened) if upright else opened
         if image.mode.startswith("I") or image.mode == "F":
-            pixels = np.asarray(image, dtype=np.float64)
-            image = Image.fromarray((pixels / (257 if pixels.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+            pixels = np.nan_to_num(np.asarray(image, dtype=np.float64))
+            most = pixels.max()
+            scale = 1 / 257 if most > 255 else 255 if image.mode == "F" and most <= 1 else 1
+            image = Image.fromarray((pixels * scale).clip(0, 255).astype(np.uint8))
         if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -62,8 +65,14 @@ def _header(root: Path, path: str) -> tuple[bool, int]:
         return image.mode[0] in "1LIF" and image.mode != "LAB", min(image.size)
 
 
-def decode_all(samples: Samples, size: int, channels: int) -> Tensor:
-    """Decode all images once, short side resized to ``size`` and the centre cut out.
+def decode_all(samples: Samples, prepare: Callable[[Image.Image], Tensor], size: int, channels: int) -> Tensor:
+    """Decode all images once.
+
+    Args:
+        samples: The files.
+        prepare: Pillow image to uint8 (channels, size, size), such as :func:`batchformer.data.transforms.image_eval`.
+        size: In pixels.
+        channels: 1 or 3.
 
     Returns:
         uint8 images of shape (M, channels, size, size).
@@ -71,10 +80,7 @@ def decode_all(samples: Samples, size: int, channels: int) -> Tensor:
     images = torch.empty(len(samples), channels, size, size, dtype=torch.uint8)
 
     def fill(index: int) -> None:
-        image = ImageOps.fit(
-            decode(samples.root / samples.paths[index], channels), (size, size), Image.Resampling.BILINEAR
-        )
-        images[index] = torch.from_numpy(np.array(image)).view(size, size, channels).permute(2, 0, 1)
+        images[index] = prepare(decode(samples.root / samples.paths[index], channels))
 
     in_threads(fill, range(len(samples)), "decoding images")
     return images

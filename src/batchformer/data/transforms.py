@@ -204,13 +204,38 @@ def _image_step(name: str, numbers: list[float], size: int) -> Any:
 
 
 def image_eval(size: int) -> v2.Compose:
-    """Build the test pipeline for one Pillow image: short side to 8/7 of ``size`` (256 for 224), centre cut out."""
+    """Build the test pipeline for one Pillow image, or for uint8 images (..., H, W).
+
+    Above :data:`SMALL` the short side becomes 8/7 of ``size`` (256 for 224), else ``size``; the centre is cut out.
+    """
     return v2.Compose([*_fit(size), v2.PILToTensor()])
 
 
+def image_keep(steps: Sequence[str | Sequence[str]], size: int) -> v2.Compose:
+    """Build what training images are kept in memory by, for :class:`BatchAugment` with these steps of each view.
+
+    As in :func:`image_augment` that is the test pipeline, except that ``resized_crop`` would cut from the whole file;
+    in memory there is the largest centred square, at ``size``.
+    """
+    names = [{_parse(step)[0] for step in resolve_steps(view, size)} for view in steps]
+    if all("resized_crop" in view for view in names):
+        return v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
+    return image_eval(size)
+
+
+def evaluation_rule(size: int) -> dict[str, int]:
+    """What :func:`image_eval` does, as numbers for other programs.
+
+    Example:
+        >>> evaluation_rule(224), evaluation_rule(32)
+        ({'resize_short_side': 256, 'centre_crop': 224}, {'resize_short_side': 32, 'centre_crop': 32})
+    """
+    return {"resize_short_side": size if size <= SMALL else round(size * 8 / 7), "centre_crop": size}
+
+
 def _fit(size: int) -> list[Any]:
-    short = size if size <= SMALL else round(size * 8 / 7)
-    return [v2.Resize(short, antialias=True), v2.CenterCrop(size)]
+    rule = evaluation_rule(size)
+    return [v2.Resize(rule["resize_short_side"], antialias=True), v2.CenterCrop(rule["centre_crop"])]
 
 
 def _policy(size: int) -> v2.AutoAugmentPolicy:

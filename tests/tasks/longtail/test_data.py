@@ -302,6 +302,19 @@ def test_files_and_memory_split_alike(tmp_path: Path, write_images: Writer) -> N
         assert a.equal(b)
 
 
+@pytest.mark.parametrize("size", [32, 96])
+@pytest.mark.parametrize("augment", ["none", "auto"])
+def test_files_and_memory_are_evaluated_alike(size: int, augment: str, tmp_path: Path, write_images: Writer) -> None:
+    root = str(write_images(tmp_path / "pictures", [6, 4], side=120))
+    place = {"image_size": size, "augment": augment, "val_fraction": 0.2}
+    memory = ready("folder", root, **place)
+    files = ready("folder", root, memory_gib=0, num_workers=0, **place)
+    loaders = ["val_dataloader", "test_dataloader", *(["train_dataloader"] if augment == "none" else [])]
+    for name in loaders:
+        (a, _), (b, _) = next(iter(getattr(memory, name)())), next(iter(getattr(files, name)()))
+        assert a.equal(b), name
+
+
 def test_a_class_without_test_image_warns(tmp_path: Path, write_images: Writer) -> None:
     with pytest.warns(UserWarning, match="1 of 2 classes have no test image"):
         ready("folder", str(write_images(tmp_path / "pictures", [9, 1])))

@@ -13,12 +13,11 @@ import torch
 from lightning.pytorch import LightningDataModule
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 from batchformer.data import checks, fetch, images, lists
 from batchformer.data.loader import ImageDataset, ImageLoader, TensorLoader
 from batchformer.data.samplers import EpochSampler, EvalSampler, SamplerKind
-from batchformer.data.transforms import SMALL, BatchAugment, Mix, image_augment, image_eval
+from batchformer.data.transforms import SMALL, BatchAugment, Mix, image_augment, image_eval, image_keep
 
 from .profile import class_order, long_tail_indices, long_tail_profile, shot_groups, unmet
 from .sources import DatasetName, Part, Source, read_parts
@@ -73,7 +72,8 @@ class LongTailData(LightningDataModule):
         image_size: Working size in pixels; ``None`` chooses 28, 32, 64 or 224 by the images themselves.
         normalize: ``"auto"``: the data set's published figures, ImageNet's for colour, the training set's for grey.
         num_workers: Worker processes for image files; ``None`` means one per core, at most 8.
-        memory_gib: Up to this size the whole data set is kept in memory.
+        memory_gib: Up to this size the whole data set is kept in memory, at the working size: evaluation is the same as
+            from files, a ``resized_crop`` in training cuts from the centred square instead of the whole file.
         check_images: Decode every image file once before the first step (remembered between runs).
         drop_last: Leave out training images that fill no batch; ``None`` means only if there is a full batch.
         many_over: "Many" means more training images than this.
@@ -217,10 +217,11 @@ class LongTailData(LightningDataModule):
         unique = {id(part): part for part in parts.values()}.values()
         needed = sum(len(part.labels) for part in unique) * self.in_channels * size**2
         for part in unique:
+            prepare = image_keep(self._augmentations(), size) if part is train else image_eval(size)
             if part.images is not None and part.images.shape[-1] != size:
-                part.images = TF.resize(part.images, [size, size], antialias=True)
+                part.images = prepare(part.images)
             elif part.samples is not None and needed <= self.memory_gib * 2**30:
-                part.images = images.decode_all(part.samples, size, self.in_channels)
+                part.images = images.decode_all(part.samples, prepare, size, self.in_channels)
 
     def _statistics(self, train: Part) -> tuple[tuple[float, ...], tuple[float, ...]]:
         if self.normalize == "auto" and self.dataset in _STATISTICS:
@@ -232,7 +233,9 @@ class LongTailData(LightningDataModule):
         if pixels is None:
             assert train.samples is not None
             some = train.samples.subset(torch.arange(0, len(train.labels), -(-len(train.labels) // 1000)))
-            pixels = images.decode_all(some, self._size(), self.in_channels)
+            pixels = images.decode_all(
+                some, image_keep(self._augmentations(), self._size()), self._size(), self.in_channels
+            )
         sample = pixels[:: -(-len(pixels) // 20000)].float() / 255
         std_C = sample.std((0, 2, 3)).clamp(min=1e-3)
         return tuple(sample.mean((0, 2, 3)).tolist()), tuple(std_C.tolist())
