@@ -227,6 +227,10 @@ def test_cosine_classifier_ignores_length_and_scales_by_30() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"Unknown backbone 'resnet5O'. Did you mean .*resnet50"):
         create_backbone("resnet5O")
+    with pytest.raises(ValueError, match="Unknown backbone 'resnet51'") as told:  # timm has the name that we have
+        create_backbone("resnet51")
+    near = str(told.value).partition("Did you mean ")[2].partition("?")[0].split(", ")
+    assert len(near) == len(set(near)) == 3
     with pytest.raises(ValueError, match=r"Reduced width is defined for .*not for 'resnet18'"):
         create_backbone("resnet18", reduced=True)
     with pytest.raises(ValueError, match=r"no pretrained weights for 'resnet32'"):

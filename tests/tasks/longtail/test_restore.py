@@ -10,7 +10,7 @@ from torch import nn
 
 from batchformer.core import insert_arm
 from batchformer.tasks.longtail.paco import PaCo
-from batchformer.tasks.longtail.restore import DataFacts, build_network, load_network, second_stage
+from batchformer.tasks.longtail.restore import DataFacts, build_network, exportable, load_network, second_stage
 from batchformer.tasks.longtail.ride import RIDE, RoutedExperts
 from batchformer.tasks.longtail.settings import NetworkSettings
 
@@ -51,6 +51,29 @@ def test_the_plain_network_comes_back_without_the_module(kind: str, share: bool,
     assert (restored.facts, restored.settings) == (FACTS, KINDS[kind])
     assert torch.equal(answer(restored.network), answer(network))
     assert torch.equal(answer(load_network(run / "checkpoints" / "last.ckpt").network), answer(network))
+
+
+@pytest.mark.parametrize(
+    ("settings", "taken"),
+    [
+        (NetworkSettings(settings={"foo": 3}), "none"),
+        (NetworkSettings("resnet10", settings={"foo": 3}), "arguments of timm's resnet10"),
+        (NetworkSettings("resnet18", settings={"foo": 3, "drop_rate": 0.1}), "arguments of timm's resnet18"),
+        (NetworkSettings(kind="ride", settings={"foo": 3}), "none"),
+        (NetworkSettings(kind="paco", settings={"foo": 3}), "embed_dim, momentum, queue_size"),
+    ],
+)
+def test_settings_that_a_network_does_not_take_are_refused(settings: NetworkSettings, taken: str) -> None:
+    with pytest.raises(ValueError, match=rf"this network takes \({taken}\), got foo.*argument 'foo'"):
+        build_network(settings, FACTS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_beside_an_exported_network(kind: str, tmp_path: Path) -> None:
+    run = saved(tmp_path / "run", build_network(KINDS[kind], FACTS), KINDS[kind])
+    facts = exportable(run).facts
+    assert ("experts" in facts["network"], "reduced" in facts["network"]) == (kind == "ride", kind == "ride")
+    assert (facts["resize_short_side"], facts["centre_crop"], facts["image_size"]) == (16, 16, 16)
 
 
 def test_restoring_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,7 +178,7 @@ def _from_timm(name: str, in_channels: int, pretrained: bool = False, **kwargs: 
     except ImportError as error:
         raise ImportError("Backbones come from timm: pip install 'batchformer[longtail]'") from error
     if not timm.is_model(name.removeprefix("timm/").split(".")[0]) and not name.startswith(("hf-hub:", "local-dir:")):
-        near = get_close_matches(name, [*BACKBONES, *timm.list_models()], n=3)
+        near = get_close_matches(name, dict.fromkeys([*BACKBONES, *timm.list_models()]), n=3)
         raise ValueError(
             f"Unknown backbone {name!r}. {'Did you mean ' + ', '.join(near) + '? ' if near else ''}"
             f"Own: {', '.join(BACKBONES)}; timm's: timm.list_models()."

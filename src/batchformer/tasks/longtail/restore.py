@@ -1,5 +1,6 @@
 """From settings, or from a run folder, to a network."""
 
+import inspect
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from batchformer.data.transforms import evaluation_rule
 from batchformer.tasks.training.contract import Exportable
 
 from .decoupled import learn_weight_scale, retrain_classifier, tau_normalize
@@ -53,12 +55,24 @@ class DataFacts:
 
 
 def build_network(settings: NetworkSettings, facts: DataFacts) -> LongTailNetwork:
-    """The plain network of a run."""
+    """The plain network of a run.
+
+    Raises:
+        ValueError: For ``settings`` that this network does not take, and ``train_only`` of parts that it has not.
+    """
     arguments = asdict(settings)
-    more, parts = arguments.pop("settings"), arguments.pop("train_only")
-    network = build_model(
-        arguments.pop("backbone"), len(facts.counts), in_channels=facts.in_channels, **arguments, **more
-    )
+    more, parts, name = arguments.pop("settings"), arguments.pop("train_only"), arguments.pop("backbone")
+    try:
+        network = build_model(name, len(facts.counts), in_channels=facts.in_channels, **arguments, **more)
+    except TypeError as error:
+        if not more:
+            raise
+        taken = "none" if name in ("small_resnet", "resnet32") else f"arguments of timm's {name}"
+        if settings.kind == "paco":
+            taken = ", ".join(sorted(set(inspect.signature(PaCo).parameters) - {"backbone", "num_classes", "cosine"}))
+        raise ValueError(
+            f"Expected model.network.settings that this network takes ({taken}), got {', '.join(more)}: {error}."
+        ) from error
     _train_only(network, parts)
     return network
 
@@ -138,6 +152,14 @@ class _Logits(nn.Module):
         return logits.mean(dim=1) if logits.dim() == 3 else logits
 
 
+def _facts_of(settings: NetworkSettings) -> dict[str, Any]:
+    """The settings that this network has a use for."""
+    facts = asdict(settings)
+    if settings.kind != "ride":
+        del facts["experts"], facts["reduced"]
+    return facts
+
+
 def exportable(run: Path) -> Exportable:
     """The plain network of a run for safetensors and ONNX; of PaCo the encoder and the classifier that are tested."""
     restored, facts, settings = load_network(run)
@@ -154,6 +176,11 @@ def exportable(run: Path) -> Exportable:
         inputs=(torch.zeros(2, facts.in_channels, facts.image_size, facts.image_size),),
         input_names=("images",),
         output_names=("logits",),
-        facts={"network": asdict(settings), **asdict(facts), "input": "(image / 255 - mean) / std"},
+        facts={
+            "network": _facts_of(settings),
+            **asdict(facts),
+            **evaluation_rule(facts.image_size),
+            "input": "(image / 255 - mean) / std",
+        },
         onnx_refusal=refusal,
     )
