@@ -171,7 +171,7 @@ def test_the_stages_as_runs_of_their_own(
     for label, more in {"with": [], "without": ["--model.stage.batchformer=false"]}.items():
         fit(recipe, [*start, *more], tmp_path / label)
         found[label] = weights(tmp_path / label)
-        inside = {key.replace("network.detr.", "network."): value for key, value in found[label].items()}
+        inside = {key.replace("network.conditional_detr.", "network."): value for key, value in found[label].items()}
         kept = [key for key in detector if "batchformer" not in key]
         assert all(torch.equal(inside[key], detector[key]) for key in kept)
     module = [key for key in detector if ".batchformer." in key]
