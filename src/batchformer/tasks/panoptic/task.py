@@ -26,11 +26,12 @@ from .loss import stage_criterion
 from .maps import PanopticMap
 from .matched import MatchedQueries
 from .metrics import PanopticMetrics
-from .model import build_detector, with_masks
+from .model import build_detector
 from .pictures import draw, side_by_side
 from .postprocess import Frame, instances, panoptic_map
-from .restore import DataFacts, Part, read_checkpoint
+from .restore import DataFacts, Part
 from .settings import KINDS, LossSettings, NetworkSettings, PostprocessSettings, StageSettings
+from .stages import add_mask_head, detector_of
 
 DIVERGED = (
     "Lower model.optimizer.lr or model.stage.lr, raise model.optimizer.warmup_epochs, clip with "
@@ -102,7 +103,9 @@ class PanopticTask(LightningModule):
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
                 if self.stage.name == "masks":
-                    self._load_detector()
+                    plug_in = self.plug_in if self.stage.batchformer else None
+                    start = cast(str, self.stage.start_from)
+                    self.network_settings, self.network, self.handle = detector_of(start, self.facts, plug_in)
                 else:
                     self.network = build_detector(self.network_settings, len(self.facts.classes))
                     torch.manual_seed(derive_seed(self.seed, 1))
@@ -129,55 +132,17 @@ class PanopticTask(LightningModule):
                 "stage.name=detector, then with stage.name=masks and stage.start_from=RUN."
             )
 
-    def _load_detector(self) -> None:
-        """The detector of another run, with its BatchFormer if this run is to have it."""
-        facts, stored = cast(DataFacts, self.facts), read_checkpoint(cast(str, self.stage.start_from))
-        if stored.facts.classes != facts.classes:
-            raise ValueError(
-                f"Expected a detector of the {len(facts.classes)} classes of the data, got one of "
-                f"{len(stored.facts.classes)} or others. Take the run that was trained on this data."
-            )
-        self.network_settings = stored.settings
-        self.network = build_detector(stored.settings, len(facts.classes))
-        self.network.load_state_dict(stored.detector)
-        if self.plug_in.arm != "plain" and self.stage.batchformer:
-            self.handle = insert_plug_in(self.network, self.plug_in)
-            holder = self.network.get_submodule("batchformer")
-            if holder.state_dict() and not stored.batchformer:
-                raise ValueError(
-                    f"Expected a detector that was trained with BatchFormer, got {self.stage.start_from} without. Set "
-                    "model.stage.batchformer=false, or take model.batchformer.arm=plain."
-                )
-            holder.load_state_dict(stored.batchformer)
-
     def _begin_masks(self) -> None:
-        """Freeze the detector and put the mask head on it; the module stays in its place, frozen too."""
-        detector = cast(nn.Module, self.network)
-        like = next(detector.parameters())
+        """Go over to the mask head; the detector and the module in it are frozen."""
         self.installed.remove()
-        modules = []
-        if self.handle is not None:
-            modules = self.handle.modules
-            self.handle.remove()
-            self.handle = None
+        plug_in = self.plug_in if self.stage.batchformer else None
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(self.seed, 3))
-            self.network = network = with_masks(detector)
-            if modules and self.stage.batchformer:
-                self.handle = insert_plug_in(network, self._inside())
-        for module, trained in zip(self.handle.modules if self.handle else [], modules, strict=False):
-            module.load_state_dict(trained.state_dict())
-            module.freeze()
-        network.to(device=like.device, dtype=like.dtype)
+            self.network, self.handle = add_mask_head(cast(nn.Module, self.network), self.handle, plug_in)
         self.part = "masks"
         self._use_criterion()
         # After the insertion, whose hooks double the labels.
-        MatchedQueries(network, self.installed.criterion.match_costs)
-
-    def _inside(self) -> BatchFormerSettings:
-        """The module's places, named from the network around the detector."""
-        after = [self.plug_in.after] if isinstance(self.plug_in.after, str) else self.plug_in.after
-        return replace(self.plug_in, after=[f"{self.network_settings.detector}.{name}" for name in after or []])
+        MatchedQueries(self.network, self.installed.criterion.match_costs)
 
     def _use_criterion(self) -> None:
         criterion = stage_criterion(
