@@ -208,6 +208,14 @@ def test_ctrl_c_while_the_first_run_is_started_is_not_lost(command: Command, sma
     assert list(tmp_path.rglob("both*")) == []
 
 
+def test_a_finished_comparison_leaves_nothing_behind(command: Command, small: Small, tmp_path: Path) -> None:
+    """Its runs end by themselves: a killed one would leave semaphores, which Python warns about at the very end."""
+    status, said = command.run("compare", "longtail/folder", f"--out={tmp_path}", "--seeds=1", *small(epochs=1))
+    assert status == 0, said
+    assert not any(word in said for word in ("Traceback", "Warning", "leaked")), said
+    assert "Report: " in said.splitlines()[-1]
+
+
 def test_a_comparison_goes_on_at_once_after_a_kill_and_after_ctrl_c(
     command: Command, small: Small, tmp_path: Path
 ) -> None:
