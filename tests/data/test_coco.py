@@ -117,6 +117,7 @@ def test_strict_policy_refuses_all_at_once(write: Write) -> None:
             r"four finite numbers(.|\n)*annot.* 1(.|\n)* 2",
         ),
         ([{"id": 1, "image_id": 5}], {}, r"annotations\[0\] has no category_id\n  annotations\[0\] has no bbox"),
+        ([7], {}, r"annotations\[0\] has no image_id"),
         ([], {"categories": None}, r"no categories\."),
         ([], {"categories": []}, r"at least one category"),
         ([], {"categories": [*CATEGORIES, {"id": 3, "name": "bus"}]}, r"each id once among the categories .*:\n  3"),
@@ -204,6 +205,26 @@ def test_panoptic_segment_without_a_pixel(panoptic: Path) -> None:
     Image.new("RGB", (40, 30)).save(panoptic / "annotations" / "panoptic_val2017" / "1.png")
     with pytest.raises(DataError, match=r"Expected pixels of the segments \[300, 70000\] in .*, found none"):
         open_split(panoptic, "val", kind="panoptic").masks(0)
+
+
+def test_panoptic_png_with_segments_that_the_json_has_not(panoptic: Path) -> None:
+    file = panoptic / "annotations" / "panoptic_val2017.json"
+    content = json.loads(file.read_text())
+    segments = content["annotations"][0]["segments_info"]
+    segments[0]["bbox"] = [10, 5, 0, 10]  # known, though the policy drops it
+    file.write_text(json.dumps(content))
+    split = open_split(panoptic, "val", kind="panoptic")
+    assert split.annotations[0].dropped == (300,)
+    assert split.findings.dropped == 1
+    assert 300 in split.segment_map(0)
+    del segments[0]
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"1\.png only segments that the JSON has, got others:\n  300$"):
+        open_split(panoptic, "val", kind="panoptic").segment_map(0)
+    segments.append({"id": 300, "category_id": 3})
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"annotations\[0\], segments_info\[1\] has no bbox"):
+        open_split(panoptic, "val", kind="panoptic")
 
 
 def test_panoptic_png_of_another_size(panoptic: Path) -> None:

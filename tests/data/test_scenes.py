@@ -13,7 +13,17 @@ from PIL import Image, ImageDraw
 from batchformer.data import fetch, packages
 from batchformer.data.coco import open_split
 from batchformer.data.errors import DataError
-from batchformer.data.scenes import BACKDROPS, GROUNDS, SPLITS, STUFF, THINGS, SceneSettings, stamps, write_scenes
+from batchformer.data.scenes import (
+    BACKDROPS,
+    GROUNDS,
+    SPLITS,
+    STUFF,
+    THINGS,
+    SceneSettings,
+    _run_lengths,
+    stamps,
+    write_scenes,
+)
 
 SETTINGS = SceneSettings(size=48, train=8, val=2, test=3, unseen=3, seed=4)
 
@@ -80,6 +90,28 @@ def test_boxes_areas_and_pixels_agree(scenes: Path) -> None:
             assert SETTINGS.least_objects <= int(countable.sum()) <= SETTINGS.most_objects
             with Image.open(whole.images[index].file) as image:
                 assert image.size == (48, 48)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools' own, with NumPy 2
+def test_masks_of_instances_are_what_coco_tools_read(scenes: Path) -> None:
+    coco_mask = pytest.importorskip("pycocotools.mask")
+    content = json.loads((scenes / "annotations" / "instances_train.json").read_text())
+    split = open_split(scenes, "train", kind="panoptic")
+    place = {record.id: index for index, record in enumerate(split.images)}
+    expected = {index: list(split.masks(index)) for index in place.values()}
+    for annotation in content["annotations"]:
+        runs = annotation["segmentation"]
+        mask = torch.from_numpy(coco_mask.decode(coco_mask.frPyObjects(runs, *runs["size"]))).bool()
+        assert any(torch.equal(mask, other) for other in expected[place[annotation["image_id"]]])
+        assert int(mask.sum()) == annotation["area"]
+
+
+@pytest.mark.parametrize("rows", [["##", "##"], ["#.", ".#"], [".#", "#."], ["..", "#."]])
+def test_run_lengths_of_small_masks(rows: list[str]) -> None:
+    mask = np.array([[sign == "#" for sign in row] for row in rows])
+    counts = _run_lengths(mask)["counts"]
+    flat = [bool(place % 2) for place, count in enumerate(counts) for _ in range(count)]
+    assert flat == mask.T.flatten().tolist()
 
 
 def test_objects_are_visible_enough(scenes: Path) -> None:

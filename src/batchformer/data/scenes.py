@@ -319,7 +319,9 @@ class _SplitWriter:
         self.panoptic.append({"image_id": number, "file_name": f"{name}.png", "segments_info": info})
         for segment in info:
             if segment["category_id"] <= len(THINGS):
-                self.instances.append({**segment, "id": len(self.instances) + 1, "image_id": number})
+                numbers = {"id": len(self.instances) + 1, "image_id": number}
+                mask = _run_lengths(ids[owner] == segment["id"])
+                self.instances.append({**segment, **numbers, "segmentation": mask})
 
     def close(self) -> None:
         categories = [
@@ -333,6 +335,12 @@ class _SplitWriter:
             content = {"info": about, "images": self.images, "annotations": entries, "categories": known}
             path = self.annotations / f"{kind}_{self.split}.json"
             path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _run_lengths(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """A mask as COCO writes it uncompressed: lengths of runs, down the columns, the first of background."""
+    flat = np.concatenate(([False], mask.ravel(order="F"), [not mask[-1, -1]]))
+    return {"size": list(mask.shape), "counts": np.diff(np.flatnonzero(np.diff(flat)), prepend=0).tolist()}
 
 
 def _segments(owner: NDArray[np.int64], layers: Sequence[_Layer], ids: NDArray[np.int64]) -> Iterator[dict[str, Any]]:
