@@ -65,6 +65,11 @@ def test_a_run_leaves_complete_records(finished: Path) -> None:
     cost = result["cost"]
     assert cost["parameters_train"] - cost["parameters_test"] == 6 * 64**2 + 10 * 64
     assert cost["peak_memory_mb"] > 50
+    assert cost["training_memory_mb"] is None or 0 <= cost["training_memory_mb"] < cost["peak_memory_mb"]
+    assert result["notes"] == [
+        "Many: classes with more than 10 training images; few: with fewer than 7; medium: the others. Each group's "
+        "value is the mean over its classes."
+    ]
     assert result["host"]["precision"] in ("32-true", "bf16-mixed")
     environment = json.loads((finished / "environment.json").read_text())
     assert environment["versions"]["torch"] and environment["hardware"]["cores"] and environment["command"] == "test"

@@ -161,10 +161,23 @@ def test_costs_are_medians_and_ratios_pair_by_seed(folders, tmp_path):
             )
     table = cost_table(read_comparison(folder))
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-    assert [row["time per step (ms)"] for row in rows] == ["20.0", "24.0"]
-    assert [row["ratio to plain"] for row in rows] == ["1.00", "1.10"]  # 1.1, 1.2, 1.0
+    assert [row["time per step (ms)"] for row in rows] == ["20.0 [10.0 to 40.0]", "24.0 [11.0 to 40.0]"]
+    assert [row["ratio to plain"] for row in rows] == ["1.00", "1.10 [1.00 to 1.20]"]
     assert [row["peak memory (MB)"] for row in rows] == ["n/a", "n/a"]
     assert [row["training (s)"] for row in rows] == ["n/a", "n/a"]
+
+
+def test_costs_say_what_their_times_are(folders, tmp_path):
+    cost = {"step_ms": 10.0, "peak_memory_mb": 900.0, "training_memory_mb": 300.0}
+    for name, seeds, words in (("one", (0,), "one seed, so no spread"), ("two", (0, 1), "lowest to highest")):
+        folder = folders.comparison(tmp_path / name, seeds=seeds, result={"cost": cost})
+        table = cost_table(read_comparison(folder))
+        assert words in table.notes[0]
+        assert "wall-clock times of runs one after the other" in table.notes[1]
+        row = dict(zip(table.columns, table.rows[1], strict=True))
+        assert row["time per step (ms)"] == ("10.0" if name == "one" else "10.0 [10.0 to 10.0]")
+        assert row["peak memory (MB)"] == "900"
+        assert row["above start of training (MB)"] == "300"
 
 
 def test_classes_are_sorted_by_training_images_and_matched_by_name(folders, tmp_path):

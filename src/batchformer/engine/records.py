@@ -106,11 +106,20 @@ class History(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: list[dict[str, float]] = []
+        self._validated = False
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The Trainer keeps the validation metrics of the epochs before."""
+        self._validated = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """These are new."""
+        self._validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the epoch."""
         values = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
-        if not trainer.fit_loop.epoch_loop._should_check_val_epoch():
+        if not self._validated:
             values = {name: value for name, value in values.items() if not name.startswith("val_")}
         rates = {
             f"lr_{group.get('name', i)}": group["lr"] for i, group in enumerate(trainer.optimizers[0].param_groups)
@@ -138,15 +147,26 @@ class History(Callback):
 
 
 class Cost(Callback):
-    """Time of each training step, data included, and of the whole training."""
+    """Time of training steps, data included, and of the whole training, and the memory that was there before it.
+
+    Of many steps every second one is kept, then every fourth, and so on: checkpoints stay small, however long the run.
+    """
 
     skip = 3  # the first steps of an epoch start workers and caches
+    most = 2048  # times that are kept
 
     def __init__(self) -> None:
         self.step_seconds: list[float] = []
+        self.stride = 1
+        self.steps = 0
         self.train_seconds = 0.0
+        self.memory_before_mb: float | None = None
         self._last = 0.0
         self._epoch_start = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Data and network are there, and nothing has been trained."""
+        self.memory_before_mb = memory_mb(trainer.strategy.root_device)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clocks."""
@@ -160,8 +180,16 @@ class Cost(Callback):
             torch.cuda.synchronize()
         now = time.perf_counter()
         if batch_idx >= min(self.skip, trainer.num_training_batches - 1):
-            self.step_seconds.append(now - self._last)
+            self._keep(now - self._last)
         self._last = now
+
+    def _keep(self, seconds: float) -> None:
+        if self.steps % self.stride == 0:
+            self.step_seconds.append(seconds)
+        self.steps += 1
+        if len(self.step_seconds) > self.most:
+            del self.step_seconds[1::2]
+            self.stride *= 2
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the epoch's time (without validation, which comes before this hook, as the last step's)."""
@@ -169,11 +197,14 @@ class Cost(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The measurements."""
-        return {"step_seconds": self.step_seconds, "train_seconds": self.train_seconds}
+        kept = {"step_seconds": self.step_seconds, "stride": self.stride, "steps": self.steps}
+        return {**kept, "train_seconds": self.train_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The measurements before the interruption."""
         self.step_seconds = list(state_dict["step_seconds"])
+        self.stride = int(state_dict.get("stride", 1))
+        self.steps = int(state_dict.get("steps", len(self.step_seconds)))
         self.train_seconds = float(state_dict["train_seconds"])
 
     def step_ms(self) -> float | None:
@@ -182,15 +213,31 @@ class Cost(Callback):
             return None
         return 1000 * sorted(self.step_seconds)[len(self.step_seconds) // 2]
 
+    def memory_over_start_mb(self, peak: float) -> float | None:
+        """What training took of a peak, in MB; ``None`` where it is not known."""
+        return None if self.memory_before_mb is None else max(0.0, peak - self.memory_before_mb)
+
+
+def memory_mb(device: torch.device) -> float | None:
+    """Memory of this process now, in MB: on the GPU where it trains on one, else resident; ``None`` if unknown."""
+    return torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else _resident_mb("VmRSS")
+
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory of this process in MB: on the GPU where it trains on one, else resident."""
+    """Its peak."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    # Not getrusage where this can be had: its peak outlives exec, and would be that of the parent process.
+    peak = _resident_mb("VmHWM")
+    if peak is None:
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = most / 2**20 if sys.platform == "darwin" else most / 2**10
+    return peak
+
+
+def _resident_mb(entry: str) -> float | None:
     try:
-        # Not getrusage where this can be had: its peak outlives exec, and would be that of the parent process.
         status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 2**10
+        return int(next(line for line in status.splitlines() if line.startswith(entry)).split()[1]) / 2**10
     except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+        return None

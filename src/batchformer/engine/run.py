@@ -196,6 +196,7 @@ def _result(cli: LightningCLI, name: str, cost: Cost) -> dict[str, Any]:
     module = sum(p.numel() for m in network.modules() if isinstance(m, BatchFormer) for p in m.parameters())
     total = sum(p.numel() for p in network.parameters())
     host = environment(str(cli.trainer.precision))
+    peak = peak_memory_mb(cli.trainer.strategy.root_device)
     return {
         "recipe": name,
         "arm": task.plug_in.arm,
@@ -207,7 +208,8 @@ def _result(cli: LightningCLI, name: str, cost: Cost) -> dict[str, Any]:
         "per_class": [{**asdict(entry), "value": _defined(entry.value)} for entry in task.class_results()],
         "cost": {
             "step_ms": cost.step_ms(),
-            "peak_memory_mb": peak_memory_mb(cli.trainer.strategy.root_device),
+            "peak_memory_mb": peak,
+            "training_memory_mb": cost.memory_over_start_mb(peak),
             "parameters_train": total,
             "parameters_test": total - module,
             "train_seconds": cost.train_seconds,

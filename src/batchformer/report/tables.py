@@ -144,6 +144,7 @@ def controls_table(comparison: Comparison) -> Table:
 _COST_COLUMNS = (
     ("step_ms", "time per step (ms)", "{:.1f}"),
     ("peak_memory_mb", "peak memory (MB)", "{:,.0f}"),
+    ("training_memory_mb", "above start of training (MB)", "{:,.0f}"),
     ("parameters_train", "parameters in training", "{:,.0f}"),
     ("parameters_test", "parameters at test", "{:,.0f}"),
     ("test_ms_per_image", "test (ms per image)", "{:.3f}"),
@@ -151,14 +152,25 @@ _COST_COLUMNS = (
 )
 
 
+_TIMES = ("step_ms", "test_ms_per_image", "train_seconds")
+
+
 def cost_table(comparison: Comparison) -> Table:
     """What each arm costs: medians over seeds, and the step time as a multiple of plain's on the same seeds."""
     rows = []
     for arm in comparison.arms:
-        cells = [_median(comparison.of(arm), name, form) for name, _, form in _COST_COLUMNS]
-        rows.append((arm, cells[0], _step_ratio(comparison, arm), *cells[1:]))
+        runs = comparison.of(arm)
+        cells = [_middle(_finite(runs, name), form, spread=name in _TIMES) for name, _, form in _COST_COLUMNS]
+        ratio = _middle(_step_ratios(comparison, arm), "{:.2f}", spread=arm != BASELINE)
+        rows.append((arm, cells[0], ratio, *cells[1:]))
     titles = [title for _, title, _ in _COST_COLUMNS]
-    notes = ("Medians over seeds; the ratio is the median of the ratios on the same seed.",)
+    spread = "lowest to highest in brackets" if len(comparison.seeds) > 1 else "one seed, so no spread is known"
+    notes = (
+        f"Medians over seeds, {spread}; the ratio is that of runs on the same seed.",
+        "Times are wall-clock times of runs one after the other: what else the machine did meanwhile is in them.",
+        "Peak memory is that of the whole process, libraries included, on a GPU that of its tensors; above start of "
+        "training: without what was there before the first step.",
+    )
     return Table("Cost", ("arm", titles[0], "ratio to plain", *titles[1:]), tuple(rows), notes)
 
 
@@ -166,16 +178,18 @@ def _finite(runs: Sequence[Run], name: str) -> list[float]:
     return [run.cost[name] for run in runs if math.isfinite(run.cost.get(name, math.nan))]
 
 
-def _median(runs: Sequence[Run], name: str, form: str) -> str:
-    values = _finite(runs, name)
-    return form.format(stdlib_statistics.median(values)) if values else _NONE
+def _middle(values: Sequence[float], form: str, *, spread: bool) -> str:
+    if not values:
+        return _NONE
+    middle = form.format(stdlib_statistics.median(values))
+    lowest, highest = form.format(min(values)), form.format(max(values))
+    return f"{middle} [{lowest} to {highest}]" if spread and len(values) > 1 else middle
 
 
-def _step_ratio(comparison: Comparison, arm: str) -> str:
+def _step_ratios(comparison: Comparison, arm: str) -> list[float]:
     base = {run.seed: run.cost.get("step_ms", math.nan) for run in comparison.of(BASELINE)}
     ratios = [run.cost.get("step_ms", math.nan) / base[run.seed] for run in comparison.of(arm) if base.get(run.seed)]
-    ratios = [ratio for ratio in ratios if math.isfinite(ratio)]
-    return f"{stdlib_statistics.median(ratios):.2f}" if ratios else _NONE
+    return [ratio for ratio in ratios if math.isfinite(ratio)]
 
 
 @dataclass(frozen=True)

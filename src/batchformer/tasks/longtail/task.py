@@ -222,8 +222,12 @@ class LongTailTask(LightningModule):
         return [ClassResult(*entry) for entry in zip(facts.classes, facts.counts, self.per_class, strict=True)]
 
     def notes(self) -> list[str]:
-        """Nothing that the settings do not say."""
-        return []
+        """Which classes count as many, medium and few."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        return [
+            f"Many: classes with more than {data.many_over} training images; few: with fewer than {data.few_under}; "
+            "medium: the others. Each group's value is the mean over its classes."
+        ]
 
     @staticmethod
     def not_comparable(setting: Callable[[str], Any]) -> str | None:
