@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .core import Handle as Handle
     from .core import describe as describe
     from .core import expand as expand
+    from .core import handles as handles
     from .core import insert as insert
     from .core import param_groups as param_groups
     from .core import remove as remove
@@ -28,6 +29,7 @@ __all__ = [
     "Handle",
     "describe",
     "expand",
+    "handles",
     "insert",
     "param_groups",
     "remove",

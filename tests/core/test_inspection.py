@@ -133,6 +133,16 @@ def test_empty_groups_are_left_out() -> None:
         param_groups(model.requires_grad_(False), lr=0.1)
 
 
+@pytest.mark.parametrize("value", [-1.0, -1e-9, float("nan")])
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "batchformer_lr_mult", "batchformer_weight_decay_mult"])
+def test_negative_rates_and_multipliers_are_refused(name: str, value: float) -> None:
+    model = net()
+    insert(model, before="4")
+    with pytest.raises(ValueError, match=rf"Expected rates and multipliers of at least 0, got {name}={value}\."):
+        param_groups(model, **{"lr": 0.1, name: value})
+    assert param_groups(model, **{"lr": 0.1, name: 0.0})
+
+
 @pytest.mark.parametrize("multiplier", ["batchformer_lr_mult", "batchformer_weight_decay_mult"])
 def test_a_multiplier_without_a_module_raises(multiplier: str) -> None:
     with pytest.raises(ValueError, match=r"Expected a model with a BatchFormer for these multipliers.*insert\(\)"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from batchformer import Handle, insert, remove
+from batchformer import Handle, handles, insert, remove
 
 N, K = 4, 5
 VIT = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -78,6 +78,26 @@ def test_copies_stand_alone(trained: tuple[nn.Module, Handle], how: str) -> None
     handle.remove()
     assert twin(x).equal(expected)
     assert model(x).shape == (N, 3)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_a_copy_has_a_handle_of_its_own(trained: tuple[nn.Module, Handle], how: str) -> None:
+    model, handle = trained
+    assert handles(model) == [handle]
+    twin = round_trip(model, how)
+    [own] = handles(twin)
+    assert own is not handle
+    model.eval()  # the twin stays in training
+    labels = torch.arange(N)
+    assert own.expand(labels).shape == (2 * N,)
+    assert handle.expand(labels) is labels
+    assert own.split(twin(torch.randn(N, 4)))[1] is not None
+    assert own.remove() is twin
+    assert handles(twin) == []
+    assert handles(model) == [handle]
+    second = insert(model, before="3")
+    assert handles(model) == [handle, second]
+    assert handles(nn.Linear(2, 2)) == []
 
 
 def test_a_copy_in_the_other_mode(trained: tuple[nn.Module, Handle]) -> None:

@@ -255,6 +255,26 @@ def test_wrong_arguments(arguments: dict[str, object], message: str) -> None:
         made(**arguments)
 
 
+@pytest.mark.parametrize("name", ["dim", "num_heads", "layers"])
+def test_counts_are_whole_numbers(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"Expected {name} to be a whole number, got 8.0 \(float\)"):
+        BatchFormer(**{"dim": 8, name: 8.0})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ([1], r"features as a tensor, got list. Convert with torch.as_tensor\(x\)"),
+        (None, "features as a tensor, got NoneType"),
+        (torch.ones(4, C, dtype=torch.int64), r"of a floating type, got torch.int64. Convert with x.float\(\)"),
+        (torch.ones(4, C, dtype=torch.bool), "of a floating type, got torch.bool"),
+    ],
+)
+def test_features_are_tensors_of_a_floating_type(features: object, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        made()(features)
+
+
 @pytest.mark.parametrize(
     ("shape", "layout", "message"),
     [

@@ -43,6 +43,20 @@ def test_tuples_and_dicts_hold_targets_of_the_whole_batch() -> None:
     assert isinstance(expand(Pair(first, second)), Pair)
 
 
+@pytest.mark.parametrize("weight", [0.3, 1, torch.tensor(0.3)])
+def test_mixups_list_is_no_list_of_samples(weight: Any) -> None:
+    first, second = torch.tensor([0, 1]), torch.tensor([1, 0])
+    with pytest.raises(
+        TypeError, match=r"one entry for each sample, got tensors beside numbers .*expand\(\(y_a, y_b, lam"
+    ):
+        expand([first, second, weight])
+    with pytest.raises(TypeError, match="tensors beside numbers"):
+        expand({"labels": [first, second, weight]})
+    assert expand([0, 1]) == [0, 1, 0, 1]
+    assert len(expand([torch.tensor(1), torch.tensor(2)])) == 4
+    assert len(expand([first, second, None])) == 6
+
+
 @pytest.mark.parametrize("targets", [np.zeros(3), {1, 2}, object()])
 def test_other_types_are_refused(targets: object) -> None:
     with pytest.raises(TypeError, match=r"Expected targets as a tensor, .* got \w+. Convert it"):

@@ -138,12 +138,25 @@ def test_several_widths_do_not_share() -> None:
     assert model(images()).shape == (2 * N, 3)
 
 
+@pytest.mark.parametrize("model", [3, None, "resnet18"])
+def test_what_is_no_model_is_refused(model: object) -> None:
+    with pytest.raises(TypeError, match=r"Expected a model, an nn.Module, got \w+\."):
+        insert(model, before="auto")  # type: ignore[arg-type]
+
+
 def test_arguments_of_the_layer() -> None:
     model = Net()
     with pytest.raises(ValueError, match="Expected num_heads to divide dim, got dim=8 and num_heads=3"):
         insert(model, before="head", num_heads=3)
-    with pytest.raises(TypeError, match="heads"):
-        insert(model, before="head", heads=3)
+    for arguments, hint in (
+        ({"heads": 3}, "Did you mean num_heads"),
+        ({"dropp": 0.1}, "Did you mean drop"),
+        ({"befor": "head"}, "Did you mean before"),
+        ({"foo": 7}, "It takes model, before, after, .*num_heads"),
+        ({"layer": {}}, "Did you mean layers"),
+    ):
+        with pytest.raises(TypeError, match=rf"insert\(\) has no argument '{next(iter(arguments))}'. {hint}"):
+            insert(model, **{"before": "head", **arguments})
     module = insert(model, before="head", num_heads=2, mlp_ratio=2.0, layers=2, drop=0.1).modules[0]
     assert (module.num_heads, len(module.layers), module.drop) == (2, 2, 0.1)
     insert(model, after="stem", dim=12)

@@ -1,11 +1,12 @@
 """The method. Depends on torch alone."""
 
 from .arms import ARMS, Arm, insert_arm
+from .handle import Handle, handles
 from .inspection import describe, param_groups
 from .modules import BatchFormer
 from .notices import BatchFormerWarning
 from .streams import expand, split, stream_loss
-from .surgery import Handle, insert, remove
+from .surgery import insert, remove
 
 __all__ = [
     "ARMS",
@@ -15,6 +16,7 @@ __all__ = [
     "Handle",
     "describe",
     "expand",
+    "handles",
     "insert",
     "insert_arm",
     "param_groups",

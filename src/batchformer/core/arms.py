@@ -4,7 +4,8 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from .surgery import Handle, insert
+from .handle import Handle
+from .surgery import insert
 
 Arm = Literal["plain", "batchformer", "frozen", "self_only", "duplicate", "single_stream"]
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from .handle import handles
 from .modules import BatchFormer
-from .surgery import _handles
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def describe(model: nn.Module) -> Description:
     """
     lines: list[str] = []
     inserted: set[int] = set()
-    for handle in _handles(model):
+    for handle in handles(model):
         for index, module in enumerate(handle.modules):
             inserted.add(id(module))
             places = handle.places if len(handle.modules) == 1 else handle.places[index : index + 1]
@@ -79,9 +79,9 @@ def param_groups(
 
     Args:
         model: With BatchFormer inserted or built in.
-        lr: Learning rate of the network.
+        lr: Learning rate of the network, >= 0.
         batchformer_lr_mult: The module's learning rate over ``lr``, >= 0.
-        weight_decay: Of the network.
+        weight_decay: Of the network, >= 0.
         batchformer_weight_decay_mult: The module's weight decay over ``weight_decay``, >= 0.
         decay_norm_and_bias: Whether vectors (norms, biases) decay as matrices do.
 
@@ -90,7 +90,8 @@ def param_groups(
         each in exactly one group; empty groups are left out.
 
     Raises:
-        ValueError: For a model without BatchFormer where a multiplier is given, or without trained parameters.
+        ValueError: For a negative number, a model without BatchFormer where a multiplier is given, or one without
+            trained parameters.
 
     Example:
         >>> from batchformer import BatchFormer
@@ -98,6 +99,14 @@ def param_groups(
         >>> [(g["name"], g["lr"]) for g in param_groups(model, lr=1.0, batchformer_lr_mult=0.1)]
         [('network', 1.0), ('batchformer', 0.1)]
     """
+    numbers = {
+        "lr": lr,
+        "batchformer_lr_mult": batchformer_lr_mult,
+        "weight_decay": weight_decay,
+        "batchformer_weight_decay_mult": batchformer_weight_decay_mult,
+    }
+    if wrong := [f"{name}={value}" for name, value in numbers.items() if not value >= 0]:
+        raise ValueError(f"Expected rates and multipliers of at least 0, got {', '.join(wrong)}.")
     modules = [m for m in model.modules() if isinstance(m, BatchFormer)]
     own = {id(p) for m in modules for p in m.parameters()}
     if not modules and (batchformer_lr_mult, batchformer_weight_decay_mult) != (1.0, 1.0):

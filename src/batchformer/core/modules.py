@@ -1,6 +1,7 @@
 """The module: parameters plus calls into :mod:`batchformer.core.functional`."""
 
 import warnings
+from numbers import Integral
 from typing import Any, Literal, Self, overload
 
 import torch
@@ -96,6 +97,7 @@ class BatchFormer(nn.Module):
 
     Raises:
         ValueError: For arguments outside these ranges.
+        TypeError: For counts that are no whole numbers.
 
     Source:
         BatchFormer: Learning to Explore Sample Relationships for Robust Representation Learning, CVPR 2022,
@@ -176,6 +178,7 @@ class BatchFormer(nn.Module):
 
         Raises:
             ValueError: For a wrong shape or an empty batch.
+            TypeError: For features that are no tensor, or not of a floating type.
         """
         if not self.training:
             return x if targets is None else (x, targets)
@@ -205,6 +208,10 @@ class BatchFormer(nn.Module):
         return self._from_tokens(out_NTC, x).to(x.dtype)
 
     def _to_tokens(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"Expected features as a tensor, got {type(x).__name__}. Convert with torch.as_tensor(x).")
+        if not x.is_floating_point():
+            raise TypeError(f"Expected features of a floating type, got {x.dtype}. Convert with x.float().")
         channels = 1 if self.layout == "BCHW" else -1
         axes = (4,) if self.layout else (2, 3)
         if x.dim() not in axes or x.shape[channels] != self.dim:
@@ -281,6 +288,10 @@ def _check_arguments(
     layout: str | None,
     attend: str,
 ) -> None:
+    counts: dict[str, object] = {"dim": dim, "num_heads": num_heads, "layers": layers}
+    for name, count in counts.items():
+        if not isinstance(count, Integral):
+            raise TypeError(f"Expected {name} to be a whole number, got {count!r} ({type(count).__name__}).")
     if dim < 1 or num_heads < 1 or dim % num_heads:
         divisors = [h for h in range(1, min(dim, 16) + 1) if dim % h == 0]
         raise ValueError(

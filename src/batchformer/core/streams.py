@@ -21,7 +21,8 @@ def expand(targets: T) -> T:
         The same structure with 2N rows.
 
     Raises:
-        TypeError: For anything else, a NumPy array for instance.
+        TypeError: For anything else, a NumPy array for instance, and for a list of tensors and numbers, such as mixup's
+            two label tensors with their weight: that is one target of the whole batch, a tuple.
 
     Example:
         >>> expand(torch.tensor([0, 2]))
@@ -33,6 +34,7 @@ def expand(targets: T) -> T:
     if isinstance(targets, Tensor):
         doubled = targets if targets.dim() == 0 else torch.cat((targets, targets))
     elif isinstance(targets, list):
+        _refuse_mixed(targets)
         doubled = [*targets, *targets]
     elif isinstance(targets, tuple):
         doubled = _rebuild(targets, [expand(value) for value in targets])
@@ -46,6 +48,16 @@ def expand(targets: T) -> T:
             f"{type(targets).__name__}. Convert it, for example with torch.as_tensor(targets)."
         )
     return doubled  # type: ignore[no-any-return]
+
+
+def _refuse_mixed(targets: list[Any]) -> None:
+    scalars = [isinstance(one, int | float) or (isinstance(one, Tensor) and one.dim() == 0) for one in targets]
+    if any(scalars) and any(isinstance(one, Tensor) and one.dim() > 0 for one in targets):
+        kinds = ", ".join(type(one).__name__ for one in targets[:5])
+        raise TypeError(
+            f"Expected a list with one entry for each sample, got tensors beside numbers ({kinds}). Labels of the "
+            "whole batch with a weight, as of mixup, go into a tuple: expand((y_a, y_b, lam))."
+        )
 
 
 def split(outputs: T, *, layered: Sequence[str] = ()) -> tuple[T, T]:
