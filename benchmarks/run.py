@@ -1,7 +1,7 @@
 """Speed and memory of the layer, a model with it and detection's loss: ratios against a reference in the same run.
 
 python benchmarks/run.py                  everything, about 9 minutes on two cores
-python benchmarks/run.py --only layer     one of layer, memory, model, growth, criterion
+python benchmarks/run.py --only layer     one of layer, memory, model, growth, criterion, detectors
 
 Prints Markdown tables and writes them to benchmarks/results/.
 """
@@ -249,12 +249,64 @@ def criterion_steps(kind: Any, images: int, targets: int) -> list[Callable[[], N
     return [theirs, ours]
 
 
+def detector_times(seconds: float) -> Table:
+    """A training step of each detector of the small recipe: 16 images of 160 px, on cached maps of stride 16."""
+    rows = []
+    for detector in ("detr", "conditional_detr", "deformable_detr", "smca"):
+        plain, ours = interleaved([detector_step(detector, arm) for arm in ("plain", "batchformer")], seconds)
+        medians = statistics.median(plain), statistics.median(ours)
+        row = [detector, f"{medians[0]:.0f}", f"{medians[1]:.0f}", f"{medians[1] / medians[0]:.2f}"]
+        rows.append([*row, f"{min(ours) / min(plain):.2f}"])
+    head = ["detector", "plain (ms)", "+BatchFormer (ms)", "ratio (median)", "ratio (best)"]
+    return (
+        "Detectors, training step with the loss, 3 + 3 layers of 128 channels, everything behind layer 0 doubled",
+        head,
+        rows,
+    )
+
+
+def detector_step(detector: Any, arm: Any) -> Callable[[], None]:
+    from batchformer.core import insert_arm
+    from batchformer.tasks.detection.loss import build_criterion
+    from batchformer.tasks.detection.model import backbone_of, build_detector
+    from batchformer.tasks.detection.settings import LossSettings, NetworkSettings
+    from batchformer.tasks.set_prediction.backbone import BackboneSettings
+    from batchformer.tasks.set_prediction.from_transformers import use_criterion
+
+    backbone = BackboneSettings("efficientnet_lite0", pretrained=False, trains="nothing", strides=[16])
+    sizes: dict[str, Any] = {"d_model": 128, "encoder_layers": 3, "decoder_layers": 3, "ffn_dim": 256}
+    settings = NetworkSettings(detector, backbone, num_queries=30, dropout=0.0, feature_levels=1, **sizes)
+    network = build_detector(settings, 8).to(DEVICE).train()
+    handle = insert_arm(network, arm, after=["model.encoder.layers.0"])
+    use_criterion(
+        network, build_criterion(LossSettings(), detector, 8, two_streams=lambda: bool(handle and handle.doubles))
+    )
+    pixels = torch.randn(16, 3, 160, 160, device=DEVICE)
+    with torch.no_grad():
+        maps = [x.clone() for x in backbone_of(network).maps(pixels)]
+    mask = torch.ones(16, 160, 160, dtype=torch.int64, device=DEVICE)
+    labels = [
+        {"class_labels": torch.randint(8, (3,), device=DEVICE), "boxes": torch.rand(3, 4, device=DEVICE) * 0.4 + 0.2}
+        for _ in range(16)
+    ]
+
+    def step() -> None:
+        network.zero_grad()
+        with backbone_of(network).serving(maps):
+            network(pixel_values=pixels, pixel_mask=mask, labels=labels).loss.backward()
+        if CUDA:
+            torch.cuda.synchronize()
+
+    return step
+
+
 PARTS: dict[str, Callable[[float], Table]] = {
     "layer": layer_times,
     "memory": layer_memory,
     "model": model_times,
     "growth": growth,
     "criterion": criterion_times,
+    "detectors": detector_times,
     **({"bandwidth": bandwidth} if CUDA else {}),
 }
 
