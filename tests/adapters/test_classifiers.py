@@ -240,3 +240,12 @@ def test_architecture(case: str) -> None:
     assert remove(model) is model
     assert list(model.state_dict()) == keys
     assert logits_of(model.train(), images).equal(plain_train)
+
+    handle = insert(model, before="auto")  # with the papers' dropout, which the plain stream knows nothing of
+    with torch.no_grad():
+        draws = [handle.split(logits_of(model, images)) for _ in range(2)]
+    for plain, mixed in draws:
+        assert plain is not None and mixed is not None
+        torch.testing.assert_close(plain, plain_train, rtol=1e-9, atol=1e-9)
+        assert mixed.isfinite().all()
+    assert not torch.allclose(draws[0][1], draws[1][1], rtol=1e-3, atol=1e-3)

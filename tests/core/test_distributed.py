@@ -2,6 +2,7 @@
 
 import datetime
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,23 @@ def inserted_twice_under_fsdp(rank: int, world: int) -> None:
         torch.testing.assert_close(results[0], results[1])
 
 
+def compiled(rank: int, world: int) -> None:
+    """What the other ranks hold is asked for outside of the graph; the numbers stay exact, with other rows too."""
+    net = Net(True, 2, "all")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dynamo's own, where a graph goes on behind a break
+        fast = torch.compile(net, backend="aot_eager")
+        for masked in (False, True):
+            net.zero_grad()
+            loss_of(fast, *batch(rank, world, True, masked), sum(ROWS[world])).backward()
+            summed(net)
+            worst = same_gradients(net, reference(world, True, 2, masked))
+            assert worst < 1e-10, worst
+        torch.compiler.reset()  # else what was compiled with the break is taken
+        with pytest.raises(torch._dynamo.exc.Unsupported):  # the one exception to "no graph break"
+            torch.compile(net, backend="aot_eager", fullgraph=True)(batch(rank, world, True)[0])
+
+
 def wrong_gather_is_seen(rank: int, world: int) -> None:
     """A backward pass that keeps the own rank's gradient only: the fault of older libraries."""
 
@@ -175,8 +193,6 @@ def one_sample_each_is_no_single_sample(rank: int, world: int) -> None:
 
 
 def worker(rank: int, world: int, store: str, checks: list[Callable[[int, int], None]], folder: str) -> None:
-    import warnings
-
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     try:
@@ -215,6 +231,7 @@ def test_two_processes(tmp_path: Path) -> None:
         token_counts_must_agree,
         masks_must_be_on_every_rank_or_on_none,
         one_sample_each_is_no_single_sample,
+        compiled,
         wrong_gather_is_seen,  # last: it breaks the gather
     ]
     run(2, checks, tmp_path)

@@ -37,8 +37,11 @@ class RankRows:
         return out
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def exchange_rows(x: Tensor, *, masked: bool = False, group: dist.ProcessGroup | None = None) -> RankRows | None:
     """Tell every rank how many samples the others hold.
+
+    The one place where a compiled model leaves its graph: the numbers of the other ranks must be known here.
 
     Args:
         x: The own samples, (N, T, C).

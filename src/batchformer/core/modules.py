@@ -90,7 +90,8 @@ class BatchFormer(nn.Module):
         layers: Encoder layers, one after the other.
         mode: ``"two_stream"``: [plain; mixed], twice the rows. ``"single_stream"``: the mixed rows alone.
         gather: ``"all"``: samples see those of every rank (``torch.distributed``), with exact gradients; without a
-            process group it is ``"none"``.
+            process group it is ``"none"``. Under ``torch.compile`` the one thing that breaks the graph (no
+            ``fullgraph=True``): ranks tell each other their sizes.
         layout: ``None`` for (N, C) and (B, N, C); ``"BCHW"`` or ``"BHWC"`` for maps.
         attend: ``"batch"``, or what a control needs: ``"self"`` (each sample sees itself alone) or ``"nothing"`` (no
             layer, only its dropout).
