@@ -35,14 +35,24 @@ def test_python_blocks_run(page: Path) -> None:
         exec(compile(block, str(page), "exec"), scope)
 
 
+def commands(page: Path) -> list[str]:
+    """What is said to `batchformer` in the shell blocks of a page, also behind other commands of one line."""
+    text = "\n".join(blocks(page, "bash") + blocks(page, "sh")).replace("\\\n", " ").replace("&&", "\n")
+    return re.findall(r"^\s*(?:\S*/)?batchformer (.+?)(?:\s+#.*)?$", text, re.MULTILINE)
+
+
+def test_the_readmes_first_command_is_one_of_them() -> None:
+    assert "batchformer compare" in blocks(ROOT / "README.md", "bash")[0]
+    assert commands(ROOT / "README.md")[0] == "compare longtail/fashion-mnist-lt"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_commands_parse(page: Path) -> None:
     from batchformer.engine.config import parse
     from batchformer.engine.recipes import find_recipe
 
     parser, verbs = cli._parsers()
-    text = "\n".join(blocks(page, "bash") + blocks(page, "sh"))
-    for line in re.findall(r"^(?:\S*/)?batchformer (.+?)(?:\s+#.*)?$", text.replace("\\\n", " "), re.MULTILINE):
+    for line in commands(page):
         words = shlex.split(line)
         overrides: list[str] = []
         if words[0] in ("fit", "compare"):

@@ -36,9 +36,9 @@ def part_of(module: str) -> str:
     return names[1]
 
 
-def imports_of(path: Path) -> set[str]:
+def imports_of(path: Path, source: Path = SOURCE) -> set[str]:
     """Absolute names of the project's modules that a file imports, at any depth of its code."""
-    package = ["batchformer", *path.relative_to(SOURCE).parent.parts]
+    package = ["batchformer", *path.relative_to(source).parent.parts]
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -53,19 +53,37 @@ def imports_of(path: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] == "batchformer"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(SOURCE).as_posix())
-def test_imports_follow_the_arrows(path: Path) -> None:
-    relative = path.relative_to(SOURCE)
+def wrong_arrows(path: Path, source: Path = SOURCE) -> set[str]:
+    relative = path.relative_to(source)
     own = relative.parts[0] if len(relative.parts) > 1 else relative.stem.strip("_")
     own = "root" if own in ("init", "main") else own
-    wrong = {name for name in imports_of(path) if part_of(name) not in ARROWS[own]}
-    assert not wrong, f"{relative} may import {sorted(ARROWS[own])}, but imports {sorted(wrong)}"
+    return {name for name in imports_of(path, source) if part_of(name) not in ARROWS[own]}
 
 
-def test_the_arrow_check_sees_a_wrong_arrow(tmp_path: Path) -> None:
-    assert part_of("batchformer.tasks.longtail.task") == "tasks"
-    assert "tasks" not in ARROWS["core"]
-    assert "batchformer.core.modules" in imports_of(SOURCE / "core" / "surgery.py")
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(SOURCE).as_posix())
+def test_imports_follow_the_arrows(path: Path) -> None:
+    assert not wrong_arrows(path), f"not open to {path.relative_to(SOURCE)}"
+
+
+@pytest.mark.parametrize(
+    ("where", "code", "wrong"),
+    [
+        ("core/a.py", "from batchformer.tasks.longtail import task", "batchformer.tasks.longtail"),
+        ("core/a.py", "from ..tasks.longtail.task import LongTailTask", "batchformer.tasks.longtail.task"),
+        ("core/a.py", "from .. import tasks", "batchformer.tasks"),
+        ("data/a.py", "def late():\n    import batchformer.core.modules", "batchformer.core.modules"),
+        ("report/a.py", "import batchformer.engine.run as run", "batchformer.engine.run"),
+        ("tasks/longtail/a.py", "from ...engine import run", "batchformer.engine"),
+        ("cli.py", "from .tasks.longtail import task", "batchformer.tasks.longtail"),
+        ("core/a.py", "from .modules import BatchFormer\nimport torch, json", ""),
+    ],
+)
+def test_the_arrow_check_sees_a_wrong_arrow(where: str, code: str, wrong: str, tmp_path: Path) -> None:
+    path = tmp_path / where
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(code, encoding="utf-8")
+    found = wrong_arrows(path, tmp_path)
+    assert wrong in found if wrong else not found
 
 
 # What tasks share, below tasks/: no task themselves, open to every task and to nothing of one.
@@ -142,13 +160,37 @@ def test_every_version_bound_has_a_reason() -> None:
     assert not bare
 
 
+def own_files() -> list[Path]:
+    """What git tracks; in an archive without git what lies in the project's folders."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    if listed:
+        return [ROOT / name for name in listed.split("\0") if name]
+    folders = [ROOT / name for name in ("src", "tests", "examples", "benchmarks", ".ci")]
+    return [
+        *ROOT.glob("*"),
+        *(path for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts),
+    ]
+
+
+def names_a_place(path: Path) -> str | None:
+    pattern = "|".join(("pypi" + r"\.org", "python" + "hosted", "npmjs" + r"\.", "debian" + r"\.org", "/ro" + "ot/"))
+    if not path.is_file() or path.suffix not in (".py", ".md", ".toml", ".yaml", ".cff", ""):
+        return None
+    found = re.search(pattern, path.read_text(encoding="utf-8", errors="ignore"))
+    return found.group() if found else None
+
+
 def test_nothing_names_an_index_or_a_machine() -> None:
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
-    pattern = re.compile(
-        "|".join(("pypi" + r"\.org", "python" + "hosted", "npmjs" + r"\.", "debian" + r"\.org", "/ro" + "ot/"))
-    )
-    for name in tracked:
-        path = ROOT / name
-        if path.suffix in (".py", ".md", ".toml", ".yaml", ".cff", ""):
-            found = pattern.search(path.read_text(encoding="utf-8", errors="ignore")) if path.is_file() else None
-            assert found is None, f"{name}: {found and found.group()}"
+    files = own_files()
+    assert {ROOT / "README.md", SOURCE / "cli.py", Path(__file__)} <= set(files)
+    assert {str(path): name for path in files if (name := names_a_place(path))} == {}
+
+
+def test_a_name_of_an_index_or_a_machine_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("https://pypi" + ".org/simple", "/ro" + "ot/project"):
+        (tmp_path / "page.md").write_text(f"Fetched from {name}.", encoding="utf-8")
+        assert names_a_place(tmp_path / "page.md")
+    (tmp_path / "page.md").write_text("Fetched from a package index.", encoding="utf-8")
+    assert names_a_place(tmp_path / "page.md") is None
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "nothing"))  # as in an archive
+    assert {ROOT / "README.md", SOURCE / "cli.py"} <= set(own_files())
