@@ -51,7 +51,7 @@ def make_data(
             return root
         if task == "detection":
             extra = {"test": 4, "unseen": 3} if dataset == "scenes" else {}
-            write_coco(root, {"train": 9, "val": 4, **extra}, year=year)
+            write_coco(root, {"train": 16, "val": 4, **extra}, year=year)
             if dataset == "scenes":  # the rest of what a written set has
                 for name in ("scenes.json", "annotations/panoptic_train.json"):
                     (root / name).write_text("{}", encoding="utf-8")

@@ -73,7 +73,7 @@ def tiny(recipe: Recipe, root: Path, *, own_network: bool = False) -> list[str]:
     words += ["--trainer.max_epochs=2", "--trainer.limit_train_batches=2"]
     words += ["--trainer.check_val_every_n_epoch=1", "--trainer.accelerator=cpu", "--precision=32-true"]
     if settings["task"] != "longtail":
-        some = ["--data.train_images=9"] if "train_images" in data else []
+        some = ["--data.train_images=16"] if "train_images" in data else []
         return words + some + tiny_detector(own_network)
     words += ["--data.many_over=5", "--data.few_under=3"]
     if data["dataset"] in ARRAYS:
@@ -370,6 +370,7 @@ def free_port() -> int:
 
 
 TWO_RANKS = {
+    "detection/folder": ["--model.batchformer.gather=all"],
     "longtail/fashion-mnist-lt": ["--model.batchformer.gather=all"],
     "longtail/cifar100-lt-paco": [],
 }
@@ -378,7 +379,7 @@ TWO_RANKS = {
 @pytest.mark.parametrize("name", TWO_RANKS)
 def test_two_ranks(name: str, make_data: MakeData, tmp_path: Path) -> None:
     recipe = find_recipe(name)
-    overrides = [*tiny(recipe, make_data(settings_of(recipe)["data"]["dataset"])), *TWO_RANKS[name]]
+    overrides = [*tiny(recipe, data_of(recipe, make_data)), *TWO_RANKS[name]]
     launcher = ["torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}", "-m"]
     command = [sys.executable, "-m", *launcher, "batchformer", "fit", name, *overrides]
     command += [f"--out={tmp_path}", "--name=run", "--trainer.devices=2", "--trainer.strategy=ddp"]

@@ -43,6 +43,11 @@ def build_detector(settings: NetworkSettings, num_classes: int) -> Any:
     replace_backbone(network, backbone)
     initialize(network)
     if settings.checkpointing:
+        if not network.supports_gradient_checkpointing:
+            raise ValueError(
+                f"Expected model.network.checkpointing=false: {type(network).__name__} has no gradient checkpointing "
+                "in this version of transformers. transformers 5 has it."
+            )
         # Renamed in transformers 5.
         enable = getattr(network, "activation_checkpointing_enable", network.gradient_checkpointing_enable)
         enable({"use_reentrant": False})

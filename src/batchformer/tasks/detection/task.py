@@ -122,7 +122,8 @@ class DetectionTask(LightningModule):
             raise FloatingPointError(
                 f"{error} This was in epoch {self.current_epoch}, batch {batch_idx}. {DIVERGED}"
             ) from error
-        self.log("train_loss", output.loss, on_step=False, on_epoch=True, batch_size=len(batch["labels"]))
+        rows = len(batch["labels"])
+        self.log("train_loss", output.loss, on_step=False, on_epoch=True, batch_size=rows, sync_dist=True)
         return cast(Tensor, output.loss)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
