@@ -76,6 +76,8 @@ class StageSettings:
         start_from: Of ``masks``: run folder or checkpoint of the detector.
         batchformer: Whether the module, frozen with the detector, stays in place while the mask head learns: then the
             mask head sees both streams.
+        start: The mask head's initial weights: as ``published``, for hundreds of thousands of steps, or ``balanced`` on
+            the first batch, for hundreds: see `balance`.
         lr: Of the mask head.
         milestones: Of the mask head, with the schedule ``step``: epochs from its start at which the rate falls.
     """
@@ -84,6 +86,7 @@ class StageSettings:
     detector_epochs: int = 1
     start_from: str | None = None
     batchformer: bool = True
+    start: Literal["published", "balanced"] = "balanced"
     lr: float = 1e-4
     milestones: list[int] = field(default_factory=list)
 

@@ -22,6 +22,7 @@ from batchformer.tasks.training.contract import ClassResult
 from batchformer.tasks.training.schedule import optimization
 from batchformer.tasks.training.settings import BatchFormerSettings, insert_plug_in
 
+from .balance import balance
 from .loss import stage_criterion
 from .maps import PanopticMap
 from .matched import MatchedQueries
@@ -86,6 +87,7 @@ class PanopticTask(LightningModule):
         self.pictures = pictures
         self.network: nn.Module | None = None
         self.part: Part = "detector"
+        self.unbalanced = False
         self.handle: Handle | None = None
         self.facts: DataFacts | None = None
         self.test_seconds, self.test_images = 0.0, 0
@@ -139,7 +141,7 @@ class PanopticTask(LightningModule):
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(self.seed, 3))
             self.network, self.handle = add_mask_head(cast(nn.Module, self.network), self.handle, plug_in)
-        self.part = "masks"
+        self.part, self.unbalanced = "masks", self.stage.start == "balanced"
         self._use_criterion()
         # After the insertion, whose hooks double the labels.
         MatchedQueries(self.network, self.installed.criterion.match_costs)
@@ -174,7 +176,13 @@ class PanopticTask(LightningModule):
             self.trainer.strategy.setup_optimizers(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Make dropout a function of (seed, epoch, batch): a resumed run draws what an uninterrupted one drew."""
+        """Make dropout a function of (seed, epoch, batch): a resumed run draws what an uninterrupted one drew.
+
+        The first batch of the mask head balances its initial weights.
+        """
+        if self.unbalanced:
+            balance(self.network, lambda: self(batch), self.trainer.strategy.reduce)
+            self.unbalanced = False
         torch.manual_seed(derive_seed(self.seed, 2, self.current_epoch, batch_idx, self.global_rank))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -267,7 +275,7 @@ class PanopticTask(LightningModule):
         if self.stage.name == "both":
             share = self.stage.detector_epochs if self.part == "detector" else epochs - self.stage.detector_epochs
         if self.part == "masks":
-            settings = replace(settings, lr=self.stage.lr, milestones=self.stage.milestones)
+            settings = replace(settings, lr=self.stage.lr, milestones=self.stage.milestones, warmup_epochs=0.0)
         steps = int(self.trainer.estimated_stepping_batches) * share // epochs
         groups = parameter_groups(cast(nn.Module, self.network), settings, self.plug_in)
         of_this_part: Any = SimpleNamespace(estimated_stepping_batches=steps, max_epochs=share)
@@ -319,3 +327,4 @@ class PanopticTask(LightningModule):
                 )
         if stored["part"] == "masks" and self.part == "detector":
             self._begin_masks()
+        self.unbalanced = False  # whatever is loaded has been
