@@ -21,7 +21,7 @@ from batchformer.engine.config import ConfigError, parse
 from batchformer.engine.export import export
 from batchformer.engine.recipes import find_recipe
 from batchformer.tasks.longtail.paco import PaCo
-from batchformer.tasks.longtail.restore import load_network
+from batchformer.tasks.longtail.restore import load_export, load_network
 
 RECIPE = find_recipe("longtail/folder").path
 
@@ -170,7 +170,7 @@ def test_other_settings_are_refused_on_resume(run: Run, finished: Path, tmp_path
 
 def test_the_plain_network_gives_the_recorded_metrics(finished: Path) -> None:
     assert engine.test(finished) == json.loads((finished / "result.json").read_text())["metrics"]
-    network, facts, _ = load_network(finished)
+    network, facts, *_ = load_network(finished)
     assert not any("batchformer" in key for key in network.state_dict())
     assert sum(facts.counts) < 44
     assert not network.training
@@ -199,7 +199,7 @@ def test_exports_equal_the_plain_network(kind: str, run: Run, finished: Path, tm
         run(folder, f"--model.network.kind={kind}", f"--model.loss.name={kind}", *more, epochs=1)
     written = export(folder, tmp_path / "out")
     assert [path.name for path in written] == ["model.safetensors", "model.onnx", "model.json"]
-    network, facts, _ = load_network(folder)
+    network, facts, *_ = load_network(folder)
     state = load_file(tmp_path / "out" / "model.safetensors")
     plain = network.plain() if isinstance(network, PaCo) else network
     assert state.keys() == plain.state_dict().keys()
@@ -212,6 +212,10 @@ def test_exports_equal_the_plain_network(kind: str, run: Run, finished: Path, tm
         expected = expected.mean(1) if kind == "ride" else expected
         (found,) = session.run(None, {"images": x.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
+    # The same without the run folder.
+    x = torch.randn(3, facts.in_channels, facts.image_size, facts.image_size)
+    with torch.no_grad():
+        assert torch.equal(load_export(tmp_path / "out")(x), plain(x))
     facts_written = json.loads((tmp_path / "out" / "model.json").read_text())
     assert facts_written["classes"] == ["blue", "green", "red"]
     with pytest.raises(ValueError, match=r"formats out of .* got \['pickle'\]"):
@@ -229,6 +233,12 @@ def test_routed_experts_are_tested_and_not_written_as_onnx(run: Run, tmp_path: P
         export(tmp_path / "second", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert len(export(tmp_path / "second", tmp_path / "out", ("safetensors",))) == 2
+    x = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(load_export(tmp_path / "out")(x).logits, load_network(tmp_path / "second").network(x).logits)
+    (tmp_path / "out" / "model.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model.json, but there is none. batchformer export RUN writes it"):
+        load_export(tmp_path / "out")
 
 
 @pytest.mark.parametrize(("format", "package"), [("safetensors", "safetensors.torch"), ("onnx", "onnx")])

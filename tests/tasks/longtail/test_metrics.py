@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1Score
 
-from batchformer.tasks.longtail.metrics import GROUPS, LongTailMetrics, groups_by_count
+from batchformer.tasks.longtail.metrics import GROUPS, LongTailMetrics
+from batchformer.tasks.longtail.profile import shot_groups
 
 K = 8
 GROUP_CLASSES = {"many": [5, 0], "medium": [1, 2, 3], "few": [4, 6, 7]}
@@ -185,11 +186,8 @@ def test_two_processes_with_uneven_parts_report_the_whole(tmp_path: Path) -> Non
         assert_equal(torch.load(tmp_path / f"rank{rank}.pt", weights_only=True), slow_metrics(*predictions(301)))
 
 
-def test_groups_by_count_are_the_published_ones() -> None:
-    groups = groups_by_count(torch.tensor([1280, 101, 100, 20, 19, 0]))
-    assert groups == {"many": [0, 1], "medium": [2, 3], "few": [4, 5]}
-    assert tuple(groups) == GROUPS
-    assert groups_by_count(torch.tensor([5, 3, 1]), many=3, few=2) == {"many": [0], "medium": [1], "few": [2]}
+def test_groups_are_named_as_those_of_the_data() -> None:
+    assert tuple(shot_groups(torch.tensor([1280, 101, 100, 20, 19, 0]))) == GROUPS
 
 
 def test_errors() -> None:
@@ -204,5 +202,3 @@ def test_errors() -> None:
         LongTailMetrics(K, {"many": [8]})
     with pytest.raises(ValueError, match=r"in two: \[1\]"):
         LongTailMetrics(K, {"many": [0, 1], "few": [1]})
-    with pytest.raises(ValueError, match=r"few <= many"):
-        groups_by_count(torch.tensor([1]), many=5, few=10)

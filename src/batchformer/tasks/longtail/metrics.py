@@ -10,39 +10,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-__all__ = ["GROUPS", "LongTailMetrics", "groups_by_count"]
+__all__ = ["GROUPS", "LongTailMetrics"]
 
 GROUPS = ("many", "medium", "few")
-
-
-def groups_by_count(counts: Tensor, many: int = 100, few: int = 20) -> dict[str, list[int]]:
-    """Class indices by training images: more than ``many``, fewer than ``few``, and those between.
-
-    Source: Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019 (> 100, 20 to 100, < 20).
-
-    Args:
-        counts: Training images per class ``(K,)``.
-        many: Above it a class is "many".
-        few: Below it a class is "few".
-
-    Returns:
-        Lists under "many", "medium" and "few"; a list may be empty.
-
-    Raises:
-        ValueError: If ``few`` exceeds ``many + 1``, so that a class would be in two groups.
-
-    Example:
-        >>> groups_by_count(torch.tensor([500, 100, 20, 19]))
-        {'many': [0], 'medium': [1, 2], 'few': [3]}
-    """
-    if few > many + 1:
-        raise ValueError(f"Expected few <= many + 1, got few={few} and many={many}.")
-    images = counts.tolist()
-    return {
-        "many": [k for k, n in enumerate(images) if n > many],
-        "medium": [k for k, n in enumerate(images) if few <= n <= many],
-        "few": [k for k, n in enumerate(images) if n < few],
-    }
 
 
 class LongTailMetrics(Metric):
@@ -55,7 +25,7 @@ class LongTailMetrics(Metric):
 
     Args:
         num_classes: K.
-        groups: Class indices under "many", "medium" and "few", from the data module or `groups_by_count`.
+        groups: Class indices under "many", "medium" and "few", from the data module or `profile.shot_groups`.
         bins: Calibration bins of equal width.
         **kwargs: Passed to `torchmetrics.Metric`.
 

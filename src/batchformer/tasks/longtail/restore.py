@@ -1,9 +1,10 @@
 """From settings, or from a run folder, to a network."""
 
 import inspect
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -112,6 +113,7 @@ class Restored(NamedTuple):
     network: LongTailNetwork
     facts: DataFacts
     settings: NetworkSettings
+    second: str | None = None
 
 
 def load_network(run: str | Path) -> Restored:
@@ -130,13 +132,46 @@ def load_network(run: str | Path) -> Restored:
     stored = checkpoint["longtail"]
     facts = DataFacts(**stored["data"])
     settings = NetworkSettings(**{**stored["network"], "pretrained": False})
-    network: Any = build_network(settings, facts)
-    if stored["second"] is not None:
-        network = second_stage(network, stored["second"], 0.0)
+    network = _untrained(settings, facts, stored["second"])
     prefix = "network."
     state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     network.load_state_dict({k: v for k, v in state.items() if not k.startswith("batchformer.")})
-    return Restored(network.eval(), facts, settings)
+    return Restored(network.eval(), facts, settings, stored["second"])
+
+
+def _untrained(settings: NetworkSettings, facts: DataFacts, second: str | None) -> Any:
+    network = build_network(settings, facts)
+    return network if second is None else second_stage(network, second, 0.0)
+
+
+def load_export(folder: str | Path) -> nn.Module:
+    """The network that ``batchformer export`` wrote, with its weights.
+
+    Args:
+        folder: With ``model.safetensors`` and ``model.json``.
+
+    Returns:
+        In ``eval()``: images, (N, C, H, W) as ``model.json`` says, to logits.
+
+    Raises:
+        FileNotFoundError: When one of the files is not there.
+        ImportError: When safetensors is missing.
+    """
+    files = [Path(folder) / name for name in ("model.json", "model.safetensors")]
+    if absent := [str(path) for path in files if not path.is_file()]:
+        raise FileNotFoundError(
+            f"Expected {' and '.join(absent)}, but there is none. batchformer export RUN writes it."
+        )
+    try:
+        from safetensors.torch import load_model
+    except ImportError as error:
+        raise ImportError("safetensors is missing: pip install 'batchformer[export]'") from error
+    written = json.loads(files[0].read_text(encoding="utf-8"))
+    facts = DataFacts(**{one.name: written[one.name] for one in fields(DataFacts)})
+    network = _untrained(NetworkSettings(**written["network"]), facts, written["second_stage"])
+    network = network.plain() if isinstance(network, PaCo) else network
+    load_model(network, files[1])
+    return cast(nn.Module, network.eval())
 
 
 class _Logits(nn.Module):
@@ -162,7 +197,7 @@ def _facts_of(settings: NetworkSettings) -> dict[str, Any]:
 
 def exportable(run: Path) -> Exportable:
     """The plain network of a run for safetensors and ONNX; of PaCo the encoder and the classifier that are tested."""
-    restored, facts, settings = load_network(run)
+    restored, facts, settings, second = load_network(run)
     network = restored.plain() if isinstance(restored, PaCo) else restored
     refusal = None
     if isinstance(network, RoutedExperts):
@@ -178,6 +213,7 @@ def exportable(run: Path) -> Exportable:
         output_names=("logits",),
         facts={
             "network": _facts_of(settings),
+            "second_stage": second,
             **asdict(facts),
             **evaluation_rule(facts.image_size),
             "input": "(image / 255 - mean) / std",
