@@ -158,7 +158,8 @@ class CocoData(LightningDataModule):
         """What was read, and what the policy did, split by split."""
         seen: dict[int, str] = {}
         for part, split in self._splits.items():
-            seen.setdefault(id(split.findings), f"Data, {part}: {split.findings}.")
+            cut = f"; {len(split)} of the images are used" if len(split) != split.findings.images else ""
+            seen.setdefault(id(split.findings), f"Data, {part}: {split.findings}{cut}.")
         return list(seen.values())
 
     # ---------------------------------------------------------------- cached features
