@@ -45,6 +45,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 def tiny(root: Path, *, epochs: int = 2) -> list[str]:
     """Two steps of four images in each epoch: one epoch of the detector, the rest of the mask head."""
     words = [f"--data.root={root}", "--data.dataset=folder", "--data.size=64", "--data.batch_size=4"]
+    words += ["--data.train_images=null"]
     words += ["--data.eval_batch_size=4", "--trainer.accelerator=cpu", "--precision=32-true"]
     words += [
         "--trainer.check_val_every_n_epoch=1",
