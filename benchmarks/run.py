@@ -1,6 +1,6 @@
 """Speed and memory of the layer, a model with it and detection's loss: ratios against a reference in the same run.
 
-python benchmarks/run.py                  everything, about 10 minutes on two cores
+python benchmarks/run.py                  everything; the first four parts take 7 minutes on two cores
 python benchmarks/run.py --only layer     one of layer, memory, model, growth, criterion, detectors
 
 Prints Markdown tables and writes them to benchmarks/results/.
