@@ -8,12 +8,13 @@ For a split such as ``train``::
     annotations/panoptic_train2017.json    annotations/panoptic_train2017/*.png (or panoptic_train2017/)
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from .errors import DataNotFoundError
 
-__all__ = ["Kind", "find_images", "find_json", "find_segments", "splits"]
+__all__ = ["Kind", "file_ids", "find_images", "find_json", "find_segments", "splits"]
 
 Kind = Literal["instances", "panoptic"]
 _YEARS = ("", "2017", "2014")
@@ -85,3 +86,16 @@ def find_segments(source: Path, split: str) -> Path:
             f"the panoptic PNG files of {source.name}", places, ["Unpack them beside the JSON file."]
         )
     return found
+
+
+def file_ids(files: Sequence[Path]) -> list[int]:
+    """Image ids for files that no JSON lists: the numbers that they are named by, as in COCO, else 1, 2, ...
+
+    One rule for all of them, so that no two images share an id.
+
+    Example:
+        >>> file_ids([Path("000000000139.jpg"), Path("7.jpg")]), file_ids([Path("1.png"), Path("00001.jpg")])
+        ([139, 7], [1, 2])
+    """
+    numbers = [int(file.stem) for file in files if file.stem.isdecimal()]
+    return numbers if len(set(numbers)) == len(files) else list(range(1, len(files) + 1))

@@ -22,7 +22,7 @@ def predict(run: Path, images: Sequence[Path], out: Path, **options: Any) -> lis
 
     Raises:
         FileNotFoundError: When it is no run folder, or has no checkpoint.
-        ValueError: For no images, and for an option that the task has not.
+        ValueError: For no images, for an option that the task has not, and for results beside the images themselves.
         ImportError: When a package is missing; names the extra.
     """
     function = run_part(run, "predict").predict
@@ -32,5 +32,9 @@ def predict(run: Path, images: Sequence[Path], out: Path, **options: Any) -> lis
         raise ValueError(f"Expected options that predictions of this task have, got {named}. Leave it out.")
     if not images:
         raise ValueError("Expected at least one image to predict on, got none.")
+    if beside := [image for image in images if image.resolve().parent == out.resolve()]:
+        raise ValueError(
+            f"Expected another folder for the results than that of {beside[0]}: files of one name would be lost."
+        )
     out.mkdir(parents=True, exist_ok=True)
     return cast(list[Path], function(run, list(images), out, **options))

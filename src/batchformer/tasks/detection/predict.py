@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from batchformer.data.coco_layout import file_ids
 from batchformer.data.detection_transforms import collate, eval_transform
 
 from .metrics import detections
@@ -37,7 +38,7 @@ def predict(run: Path, images: Sequence[Path], out: Path, *, threshold: float = 
         run: Run folder.
         images: Image files.
         out: Folder; gets ``<image>.png`` with boxes, and ``detections.json``: COCO's results format with ``image_id``
-            (the number that the file is named by, as in COCO, else its place in ``images`` from 1), ``category_id``,
+            (:func:`batchformer.data.coco_layout.file_ids`), ``category_id``,
             ``bbox`` (x, y, width, height in pixels), ``score`` and also ``file_name``.
         threshold: Least score of a box, in 0..1.
 
@@ -54,7 +55,8 @@ def predict(run: Path, images: Sequence[Path], out: Path, *, threshold: float = 
     facts = restored.facts
     out.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
-    written = []
+    written: list[Path] = []
+    ids = file_ids(images)
     for number, file in enumerate(images, 1):
         with Image.open(file) as opened:
             image = opened.convert("RGB")
@@ -67,9 +69,7 @@ def predict(run: Path, images: Sequence[Path], out: Path, *, threshold: float = 
             path = out / f"{file.stem}-{number}.png"
         picture.save(path)
         written.append(path)
-        results += _coco_results(
-            found, facts.category_ids, int(file.stem) if file.stem.isdigit() else number, file.name
-        )
+        results += _coco_results(found, facts.category_ids, ids[number - 1], file.name)
     listing = out / "detections.json"
     listing.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return [*written, listing]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from batchformer.data.coco_layout import file_ids
 from batchformer.data.detection_transforms import collate, eval_transform
 
 from .maps import PanopticMap
@@ -51,6 +52,7 @@ def predict(
     written: list[Path] = []
     annotations = []
     (out / "panoptic").mkdir(parents=True, exist_ok=True)
+    ids = file_ids(images)
     for number, file in enumerate(images, 1):
         with Image.open(file) as opened:
             image = opened.convert("RGB")
@@ -65,8 +67,7 @@ def predict(
         side_by_side([("image", image), *drawn]).save(out / name)
         write_png(maps[0], out / "panoptic" / name)
         written += [out / name, out / "panoptic" / name]
-        image_id = int(file.stem) if file.stem.isdigit() else number
-        annotations.append(_annotation(maps[0], runs[0][1], image_id, name))
+        annotations.append(_annotation(maps[0], runs[0][1], ids[number - 1], name))
     listing = out / "panoptic.json"
     listing.write_text(json.dumps({"annotations": annotations}, indent=1) + "\n", encoding="utf-8")
     return [*written, listing]
