@@ -96,3 +96,47 @@ def test_the_others_score_the_best_pairs_of_query_and_class() -> None:
     assert found["labels"].tolist() == [0, 1, 1]
     torch.testing.assert_close(found["scores"], torch.tensor([2.0, 1.5, 1.0]).sigmoid())
     assert [box[2].item() for box in found["boxes"]] == [10.0, 5.0, 10.0], "a query may stand for two classes"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_to_pycocotools_with_crowds_and_recalls_on_the_thresholds(seed: int) -> None:
+    # Seldom classes have recalls such as 0.6, which lie on one of COCO's thresholds: rounded thresholds miss them.
+    random, stream = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    metric, images, annotations, results = DetectionMetrics(4, "focal"), [], [], []
+    for number in range(5, 35):
+        height, width = (int(side) for side in random.integers(100, 500, 2))
+        count = int(random.integers(0, 9))
+        center, side = torch.rand(count, 2, generator=stream), torch.rand(count, 2, generator=stream)
+        boxes = torch.cat([0.2 + 0.6 * center, 0.02 + 0.35 * side], 1)
+        classes = torch.randint(4, (count,), generator=stream)
+        crowds = (torch.rand(count, generator=stream) < 0.15).long()
+        size = torch.tensor([height, width])
+        truth = {"image_id": torch.tensor(number), "orig_size": size, "class_labels": classes, "boxes": boxes}
+        truth["iscrowd"] = crowds
+        shaken = boxes + 0.02 * torch.randn(count, 4, generator=stream)
+        invented = 0.1 + 0.4 * torch.rand(20, 4, generator=stream)
+        guessed = torch.cat([shaken, invented]).clamp(min=0.01)
+        logits = torch.randn(len(guessed), 4, generator=stream) - 1
+        logits[torch.arange(count), classes] += 5 * torch.rand(count, generator=stream)
+        metric.add(logits[None], guessed[None], [truth])
+        images.append({"id": number, "height": height, "width": width})
+        for row, (x, y, w, h) in enumerate((boxes.double() * size[[1, 0, 1, 0]]).tolist()):
+            annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": int(classes[row])})
+            annotations[-1] |= {"bbox": [x - w / 2, y - h / 2, w, h], "area": w * h, "iscrowd": int(crowds[row])}
+        found = detections(logits[None], guessed[None], size[None], "focal")[0]
+        rows = (found[name].tolist() for name in ("scores", "labels", "boxes"))
+        for score, k, (x0, y0, x1, y1) in zip(*rows, strict=True):
+            box = [x0, y0, x1 - x0, y1 - y0]
+            results.append({"image_id": number, "category_id": k, "bbox": box, "score": score})
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = {"images": images, "annotations": annotations, "categories": [{"id": k} for k in range(4)]}
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    ours = metric.compute()
+    for name, value in zip(AP_NAMES, evaluation.stats[:6], strict=True):
+        if value >= 0:
+            assert float(ours[name]) == pytest.approx(value, abs=1e-6), name

@@ -6,6 +6,7 @@ Axis letters: B images, Q queries, K classes, D detections, T targets, H, W pixe
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -174,6 +175,9 @@ def _average_precision(iou: Literal["boxes", "masks"]) -> Any:
             class_metrics=True,
             backend="faster_coco_eval",
             sync_on_compute=False,
+            # COCO's own, in fp64. torchmetrics' are rounded to fp32, and a recall of exactly 0.6 lies below 0.60000002.
+            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),
         )
     except (ImportError, ModuleNotFoundError) as error:
         raise ImportError("COCO's AP needs faster-coco-eval: pip install 'batchformer[detection]'") from error
