@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from batchformer.tasks.set_prediction.backbone import Backbone, create_backbone, replace_backbone, stand_in
+from batchformer.tasks.set_prediction.checkpointing import checkpoint_gradients
 from batchformer.tasks.set_prediction.initial_weights import initialize
 
 from .settings import NetworkSettings, published
@@ -43,14 +44,7 @@ def build_detector(settings: NetworkSettings, num_classes: int) -> Any:
     replace_backbone(network, backbone)
     initialize(network)
     if settings.checkpointing:
-        if not network.supports_gradient_checkpointing:
-            raise ValueError(
-                f"Expected model.network.checkpointing=false: {type(network).__name__} has no gradient checkpointing "
-                "in this version of transformers. transformers 5 has it."
-            )
-        # Renamed in transformers 5.
-        enable = getattr(network, "activation_checkpointing_enable", network.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        checkpoint_gradients(network)
     return network
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from batchformer.tasks.set_prediction.backbone import Backbone, create_backbone, replace_backbone, stand_in
+from batchformer.tasks.set_prediction.checkpointing import checkpoint_gradients
 from batchformer.tasks.set_prediction.initial_weights import initialize
 
 from .settings import NetworkSettings
@@ -74,9 +75,7 @@ def build_detector(settings: NetworkSettings, num_classes: int) -> Any:
     replace_backbone(detector, backbone)
     initialize(detector)
     if settings.checkpointing:
-        # transformers 5.24 renames it.
-        enable = getattr(detector, "activation_checkpointing_enable", detector.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        checkpoint_gradients(detector)
     return detector.train()
 
 

@@ -1,0 +1,24 @@
+"""Gradient checkpointing of detectors, whatever the version of transformers calls it."""
+
+from typing import Any
+
+__all__ = ["checkpoint_gradients"]
+
+
+def checkpoint_gradients(network: Any) -> None:
+    """Compute activations anew in the backward pass: less memory, more time, the same numbers.
+
+    Args:
+        network: A ``PreTrainedModel``; changed in place.
+
+    Raises:
+        ValueError: When this version of transformers has none for it.
+    """
+    if not network.supports_gradient_checkpointing:
+        raise ValueError(
+            f"Expected model.network.checkpointing=false: {type(network).__name__} has no gradient checkpointing in this "
+            "version of transformers. transformers 5 has it."
+        )
+    # Renamed in transformers 5.
+    enable = getattr(network, "activation_checkpointing_enable", network.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
