@@ -16,8 +16,8 @@ def checkpoint_gradients(network: Any) -> None:
     """
     if not network.supports_gradient_checkpointing:
         raise ValueError(
-            f"Expected model.network.checkpointing=false: {type(network).__name__} has no gradient checkpointing in this "
-            "version of transformers. transformers 5 has it."
+            f"Expected model.network.checkpointing=false: {type(network).__name__} has no gradient checkpointing in "
+            "this version of transformers. transformers 5 has it."
         )
     # Renamed in transformers 5.
     enable = getattr(network, "activation_checkpointing_enable", network.gradient_checkpointing_enable)
