@@ -61,6 +61,22 @@ def test_boxes_are_those_that_the_test_scores(run: Make, data: Make, folder: Pat
     torch.testing.assert_close(boxes, wanted["boxes"], rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_trained_on_squares_it_predicts_on_squares(
+    cached: bool, run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = run(cache_features=True) if cached else run(max_size=64)  # long sides of at most 64 pixels either way
+    Image.new("RGB", (200, 100)).save(tmp_path / "wide.png")
+    sizes: list[tuple[int, ...]] = []
+    restored = load_network(where)
+    restored.network.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(tuple(kwargs["pixel_values"].shape[2:])), with_kwargs=True
+    )
+    monkeypatch.setattr("batchformer.tasks.detection.predict.load_network", lambda run: restored)
+    predict(where, [tmp_path / "wide.png"], tmp_path / "out")
+    assert sizes == [(64, 64) if cached else (32, 64)]
+
+
 def test_the_threshold_and_equal_names(run: Make, folder: Path, tmp_path: Path) -> None:
     where = run()
     twice = tmp_path / "other" / "cat.jpg"

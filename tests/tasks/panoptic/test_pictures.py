@@ -6,6 +6,9 @@ from PIL import Image
 
 from batchformer.tasks.panoptic.maps import PanopticMap
 from batchformer.tasks.panoptic.pictures import draw, side_by_side
+from batchformer.tasks.panoptic.predict import segments_of
+from batchformer.tasks.panoptic.restore import DataFacts, Restored
+from batchformer.tasks.panoptic.settings import NetworkSettings, PostprocessSettings
 
 
 def test_classes_have_their_colours_and_void_keeps_the_image() -> None:
@@ -35,3 +38,22 @@ def test_a_row_has_all_panels_in_order() -> None:
     assert row.getpixel((20, 40)) == (255, 0, 0) and row.getpixel((60, 40)) == (0, 0, 255)
     with pytest.raises(ValueError, match="at least one picture"):
         side_by_side([])
+
+
+class _Seen(Exception):
+    """Stops a network that has been given what the test asks for."""
+
+
+@pytest.mark.parametrize(("pad_to", "expected"), [(64, (64, 64)), (1, (32, 64))])
+def test_trained_on_squares_it_predicts_on_squares(pad_to: int, expected: tuple[int, int]) -> None:
+    def network(*, pixel_values: torch.Tensor, pixel_mask: torch.Tensor) -> None:
+        assert tuple(pixel_values.shape[2:]) == tuple(pixel_mask.shape[1:]) == expected
+        assert int(pixel_mask.sum()) == 32 * 64, "the rest is padding"
+        raise _Seen
+
+    facts = DataFacts(["cat"], [1], [True], [3], size=64, max_size=64, pad_to=pad_to)
+    with pytest.raises(_Seen):
+        segments_of(
+            Restored(network, "masks", facts, NetworkSettings(), PostprocessSettings()),
+            Image.new("RGB", (200, 100)),
+        )

@@ -76,10 +76,9 @@ def predict(run: Path, images: Sequence[Path], out: Path, *, threshold: float = 
 
 
 def _detect(restored: Restored, image: Image.Image) -> dict[str, Tensor]:
-    pixels, label = eval_transform(restored.facts.size, restored.facts.max_size)(image, {})
-    # Trained on squares (cached features), it predicts on squares.
-    square = restored.facts.size if restored.facts.size == restored.facts.max_size else 1
-    batch = collate([(pixels, label)], multiple=square)
+    facts = restored.facts
+    pixels, label = eval_transform(facts.size, facts.max_size)(image, {})
+    batch = collate([(pixels, label)], multiple=facts.pad_to)
     with torch.inference_mode():
         output = restored.network(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"])
     return detections(output.logits, output.pred_boxes, label["orig_size"][None], restored.kind)[0]

@@ -83,7 +83,7 @@ def segments_of(restored: Restored, image: Image.Image, threshold: float | None 
         threshold: Least confidence; the run's own by default.
     """
     facts, settings = restored.facts, asdict(restored.postprocess)
-    batch = collate([eval_transform(facts.size, facts.max_size)(image, {})])
+    batch = collate([eval_transform(facts.size, facts.max_size)(image, {})], multiple=facts.pad_to)
     output = restored.network(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"])
     if threshold is not None:
         settings["threshold"] = threshold

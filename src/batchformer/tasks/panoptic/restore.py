@@ -30,6 +30,7 @@ class DataFacts:
         counts: Training segments of each class.
         size: Short side of an image in evaluation, in pixels.
         max_size: Of the long side.
+        pad_to: Height and width are padded to multiples of it: ``size`` with cached features, else 1.
     """
 
     classes: list[str]
@@ -38,6 +39,7 @@ class DataFacts:
     counts: list[int]
     size: int
     max_size: int
+    pad_to: int
 
     @classmethod
     def of(cls, data: Any) -> "DataFacts":
@@ -49,6 +51,7 @@ class DataFacts:
             [int(n) for n in data.counts],
             int(data.size),
             int(data.max_size),
+            int(data.pad_to),
         )
 
 

@@ -27,7 +27,8 @@ __all__ = ["CocoData"]
 class CocoData(LightningDataModule):
     """Batches in transformers' convention, from a COCO folder or the scenes that are fetched.
 
-    After ``setup()``: ``categories``, ``counts`` (training boxes of each class, (K,)), ``test_splits``.
+    ``pad_to``: heights and widths of batches are multiples of it, ``size`` with cached features, else 1. After
+    ``setup()``: ``categories``, ``counts`` (training boxes of each class, (K,)), ``test_splits``.
 
     Splits are ``train``, ``val`` (or ``valid``) and ``test``; without ``val``, validation is on ``test``, and without
     ``test`` (COCO, whose test boxes are not public) the test is on ``val``, so select nothing by it. A split ``unseen``
@@ -89,6 +90,7 @@ class CocoData(LightningDataModule):
             )
         self.dataset, self.root, self.size, self.augment = dataset, root, size, augment
         self.max_size = size if cache_features else round(size * 1333 / 800) if max_size is None else max_size
+        self.pad_to = size if cache_features else 1
         self.cache_features, self.train_images, self.subset_seed = cache_features, train_images, subset_seed
         self.policy, self.seed = policy, seed
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
