@@ -380,10 +380,7 @@ def _slug(name: str) -> str:
 
 
 def _metrics_line(metrics: dict[str, float | None]) -> str:
-    def shown(name: str, value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f}" if name == "experts_used" else f"{100 * value:.2f} %"
-
-    return ", ".join(f"{name} {shown(name, value)}" for name, value in metrics.items())
+    return ", ".join(f"{name} {'-' if value is None else f'{100 * value:.2f} %'}" for name, value in metrics.items())
 
 
 def _print_columns(rows: Sequence[tuple[str, ...]]) -> None:

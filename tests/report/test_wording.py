@@ -105,11 +105,11 @@ def test_with_too_few_seeds_no_control_says_anything(control):
     [
         (
             "better",
-            "BatchFormer improves top1 over the plain network (+2.40 points, 95 % interval +1.72 to +3.08, 5 pairs).",
+            "BatchFormer improves top-1 over the plain network (+2.40 points, 95 % interval +1.72 to +3.08, 5 pairs).",
         ),
-        ("worse", "BatchFormer worsens top1 against the plain network (-2.40 points"),
-        ("open", "No difference in top1 between BatchFormer and the plain network is shown (+0.20 points"),
-        ("few", "Too few seeds to say whether BatchFormer changes top1 (+2.50 points, no interval, 2 pairs)"),
+        ("worse", "BatchFormer worsens top-1 against the plain network (-2.40 points"),
+        ("open", "No difference in top-1 between BatchFormer and the plain network is shown (+0.20 points"),
+        ("few", "Too few seeds to say whether BatchFormer changes top-1 (+2.50 points, no interval, 2 pairs)"),
     ],
 )
 def test_the_main_sentence(case, start):
@@ -143,7 +143,7 @@ def test_a_gain_that_self_only_reaches_too_is_not_put_down_to_relations():
     gain = tuple(0.8 + value for value in UP)
     same = tuple(value - shift for value, shift in zip(gain, MIXED, strict=True))
     sentences = conclusions(comparison(plain=plain, batchformer=gain, self_only=same))
-    assert sentences[0].startswith("BatchFormer improves top1")
+    assert sentences[0].startswith("BatchFormer improves top-1")
     assert "it is not shown that relations between samples matter here" in sentences[1]
 
 

@@ -12,8 +12,7 @@ from .reading import read_curves
 from .render import Table
 from .runs import BASELINE, TREATMENT, Comparison, higher_is_better
 from .statistics import PairedDifference, paired_difference
-from .tables import label
-from .wording import describe_difference, points
+from .wording import describe_difference, label, points
 
 __all__ = ["convergence_sentence", "convergence_table"]
 

@@ -13,8 +13,8 @@ import numpy as np
 from .reading import read_curves
 from .runs import BASELINE, TREATMENT, Comparison, ReportError
 from .statistics import PairedDifference, summarize
-from .tables import class_lines, label
-from .wording import points, verdict_text
+from .tables import class_lines
+from .wording import label, points, verdict_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ from .caveats import caveats
 from .render import WIDTH, Table, to_text, wrap
 from .runs import BASELINE, TREATMENT, Comparison, Run, higher_is_better
 from .statistics import PairedDifference, Summary, summarize
-from .wording import arm_text, conclusions, multiple_comparisons, points, verdict_text
+from .wording import arm_text, conclusions, label, multiple_comparisons, points, verdict_text
 
 __all__ = [
     "class_lines",
@@ -17,35 +17,12 @@ __all__ = [
     "controls_table",
     "cost_table",
     "difference_table",
-    "label",
     "main_table",
     "per_class_table",
     "runs_table",
 ]
 
 _NONE = "n/a"
-_METRIC_LABELS = {
-    "top1": "top-1",
-    "top5": "top-5",
-    "macro_f1": "macro F1",
-    "ece": "ECE",
-    "APS": "AP small",
-    "APM": "AP medium",
-    "APL": "AP large",
-}
-
-
-def label(metric: str) -> str:
-    """How a metric is called in tables and plots.
-
-    Example:
-        >>> label("top1"), label("val_macro_f1"), label("train_loss"), label("unseen_APS"), label("PQ_things")
-        ('top-1', 'val macro F1', 'train loss', 'unseen AP small', 'PQ things')
-    """
-    for name, text in _METRIC_LABELS.items():
-        if metric == name or metric.endswith(f"_{name}"):
-            return metric.removesuffix(name).replace("_", " ") + text
-    return metric.replace("_", " ")
 
 
 def percent(summary: Summary) -> str:

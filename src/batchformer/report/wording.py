@@ -15,6 +15,7 @@ __all__ = [
     "control_sentence",
     "describe_difference",
     "gain_sentence",
+    "label",
     "multiple_comparisons",
     "points",
     "verdict_text",
@@ -83,6 +84,30 @@ def single_stream(comparison: Comparison) -> bool:
     """Whether BatchFormer, in this comparison, has the mixed stream alone."""
     modes = {flatten_config(run.config).get("model.batchformer.mode") for run in comparison.of(TREATMENT)}
     return "single_stream" in modes
+
+
+_METRIC_LABELS = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "macro_f1": "macro F1",
+    "ece": "ECE",
+    "APS": "AP small",
+    "APM": "AP medium",
+    "APL": "AP large",
+}
+
+
+def label(metric: str) -> str:
+    """How a metric is called in tables and plots.
+
+    Example:
+        >>> label("top1"), label("val_macro_f1"), label("train_loss"), label("unseen_APS"), label("PQ_things")
+        ('top-1', 'val macro F1', 'train loss', 'unseen AP small', 'PQ things')
+    """
+    for name, text in _METRIC_LABELS.items():
+        if metric == name or metric.endswith(f"_{name}"):
+            return metric.removesuffix(name).replace("_", " ") + text
+    return metric.replace("_", " ")
 
 
 def points(difference: float) -> str:
@@ -189,7 +214,7 @@ def conclusions(comparison: Comparison) -> list[str]:
         >>> runs = (Run(Path(), "r", "plain", 0, {"top1": 0.7}), Run(Path(), "r", "batchformer", 0, {"top1": 0.8}))
         >>> comparison = Comparison(Path(), "r", ("plain", "batchformer"), (0,), "top1", runs)
         >>> print(conclusions(comparison)[0])  # doctest: +ELLIPSIS
-        Too few seeds to say whether BatchFormer changes top1 (+10.00 points, no interval, 1 pair): at least 3 ...
+        Too few seeds to say whether BatchFormer changes top-1 (+10.00 points, no interval, 1 pair): at least 3 ...
     """
     if not comparison.of(TREATMENT):
         return ["No finished run with BatchFormer: nothing can be said about it yet."]
@@ -197,7 +222,7 @@ def conclusions(comparison: Comparison) -> list[str]:
     gain = None
     if comparison.of(BASELINE):
         gain = comparison.difference(TREATMENT, BASELINE, comparison.primary)
-        sentences.append(gain_sentence(gain, comparison.primary))
+        sentences.append(gain_sentence(gain, label(comparison.primary)))
     else:
         sentences.append("No finished plain run: it cannot be said what BatchFormer changes.")
     controls = {name: comparison.difference(TREATMENT, name, comparison.primary) for name in comparison.controls}
@@ -219,7 +244,7 @@ def multiple_comparisons(comparison: Comparison) -> str:
     arms = [arm for arm in comparison.arms if arm != BASELINE]
     primary = len(arms) + len(comparison.controls if TREATMENT in arms else ())
     text = (
-        f"One metric, {comparison.primary}, was named as primary before the runs; verdicts are about it. "
+        f"One metric, {label(comparison.primary)}, was named as primary before the runs; verdicts are about it. "
         f"Intervals on it: {primary}, each at {100 * CONFIDENCE:g} %, not all together; "
         "without any real effect, one interval in 20 excludes zero by chance."
     )

@@ -23,7 +23,7 @@ from .metrics import LongTailMetrics
 from .model import LongTailNetwork
 from .paco import PaCoOutput
 from .restore import DataFacts, build_network, load_network, second_stage
-from .ride import RIDE, RoutedOutput, RoutingOutput
+from .ride import RIDE, RoutedExperts, RoutedOutput, RoutingOutput
 from .settings import LossSettings, NetworkSettings, StageSettings
 
 DIVERGED = (
@@ -193,7 +193,8 @@ class LongTailTask(LightningModule):
         images, targets = batch
         outputs = self(self._format(images))
         if isinstance(outputs, RoutedOutput):
-            self.log(f"{split}_experts_used", outputs.experts_used, batch_size=len(targets), sync_dist=True)
+            share = outputs.experts_used / len(cast(RoutedExperts, self.network).network.experts)
+            self.log(f"{split}_share_of_experts_used", share, batch_size=len(targets), sync_dist=True)
             outputs = outputs.logits
         logits = outputs.mean(dim=1) if outputs.dim() == 3 else outputs
         if not bool(torch.isfinite(logits).all()):
