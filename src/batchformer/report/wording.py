@@ -156,7 +156,7 @@ def describe_difference(difference: PairedDifference) -> str:
 
 def gain_sentence(difference: PairedDifference, metric: str) -> str:
     """Whether BatchFormer does better than the plain network on the primary metric."""
-    numbers = f"({describe_difference(difference)})"
+    numbers, metric = f"({describe_difference(difference)})", label(metric)
     sentence = {
         "improves": f"BatchFormer improves {metric} over the plain network {numbers}.",
         "worsens": f"BatchFormer worsens {metric} against the plain network {numbers}.",
@@ -222,7 +222,7 @@ def conclusions(comparison: Comparison) -> list[str]:
     gain = None
     if comparison.of(BASELINE):
         gain = comparison.difference(TREATMENT, BASELINE, comparison.primary)
-        sentences.append(gain_sentence(gain, label(comparison.primary)))
+        sentences.append(gain_sentence(gain, comparison.primary))
     else:
         sentences.append("No finished plain run: it cannot be said what BatchFormer changes.")
     controls = {name: comparison.difference(TREATMENT, name, comparison.primary) for name in comparison.controls}
