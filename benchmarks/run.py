@@ -250,7 +250,7 @@ def criterion_steps(kind: Any, images: int, targets: int) -> list[Callable[[], N
 
 
 def detector_times(seconds: float) -> Table:
-    """A training step of each detector of the small recipe: 16 images of 160 px, on cached maps of stride 16."""
+    """A training step of each detector of the small recipe: 16 images of 224 px, on cached maps of stride 32."""
     rows = []
     for detector in ("detr", "conditional_detr", "deformable_detr", "smca"):
         plain, ours = interleaved([detector_step(detector, arm) for arm in ("plain", "batchformer")], seconds)
@@ -273,18 +273,18 @@ def detector_step(detector: Any, arm: Any) -> Callable[[], None]:
     from batchformer.tasks.set_prediction.backbone import BackboneSettings
     from batchformer.tasks.set_prediction.from_transformers import use_criterion
 
-    backbone = BackboneSettings("efficientnet_lite0", pretrained=False, trains="nothing", strides=[16])
+    backbone = BackboneSettings("efficientnet_lite0", pretrained=False, trains="nothing", strides=[32])
     sizes: dict[str, Any] = {"d_model": 128, "encoder_layers": 3, "decoder_layers": 3, "ffn_dim": 256}
-    settings = NetworkSettings(detector, backbone, num_queries=30, dropout=0.0, feature_levels=1, **sizes)
+    settings = NetworkSettings(detector, backbone, num_queries=15, dropout=0.0, feature_levels=1, **sizes)
     network = build_detector(settings, 8).to(DEVICE).train()
     handle = insert_arm(network, arm, after=["model.encoder.layers.0"])
     use_criterion(
         network, build_criterion(LossSettings(), detector, 8, two_streams=lambda: bool(handle and handle.doubles))
     )
-    pixels = torch.randn(16, 3, 160, 160, device=DEVICE)
+    pixels = torch.randn(16, 3, 224, 224, device=DEVICE)
     with torch.no_grad():
         maps = [x.clone() for x in backbone_of(network).maps(pixels)]
-    mask = torch.ones(16, 160, 160, dtype=torch.int64, device=DEVICE)
+    mask = torch.ones(16, 224, 224, dtype=torch.int64, device=DEVICE)
     labels = [
         {"class_labels": torch.randint(8, (3,), device=DEVICE), "boxes": torch.rand(3, 4, device=DEVICE) * 0.4 + 0.2}
         for _ in range(16)

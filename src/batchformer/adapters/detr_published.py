@@ -91,7 +91,8 @@ def _settings(weights: Mapping[str, Tensor], kind: Kind, given: Mapping[str, Any
         "encoder_attention_heads": heads,
         "decoder_attention_heads": heads,
         "dilation": bool(given.get("dilation", False)),
-        "auxiliary_loss": bool(given.get("aux_loss", True)),
+        # With True, DETR and Conditional DETR of transformers are other networks than the published ones.
+        "auxiliary_loss": kind == "deformable_detr" and bool(given.get("aux_loss", True)),
     }
     classes = "class_embed.0.weight" if kind == "deformable_detr" else "class_embed.weight"
     settings["num_labels"] = int(weights[classes].shape[0]) - (kind == "detr")  # DETR has one more, for no object

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from batchformer.tasks.detection.model import build_detector
 from batchformer.tasks.detection.settings import NetworkSettings
@@ -45,6 +46,34 @@ def test_xavier_as_in_attention_is_all_you_need(kind: str) -> None:
     bound = math.sqrt(6 / (64 + 64))
     assert 0.95 * bound < weight.abs().max() <= bound
     assert network.model.query_position_embeddings.weight.detach().std() == pytest.approx(1.0, abs=0.05)
+
+
+def spread(attention: nn.Module) -> dict[str, float]:
+    weights = {name.split(".")[-2]: value.detach() for name, value in attention.named_parameters() if value.dim() > 1}
+    return {name: float(value.std()) for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("kind", ["detr", "conditional_detr", "deformable_detr", "smca"])
+def test_projections_start_as_those_of_torch_s_attention(kind: str) -> None:
+    torch.manual_seed(0)
+    torchs = nn.MultiheadAttention(64, 8)
+    nn.init.xavier_uniform_(torchs.in_proj_weight)
+    wanted = float(torchs.in_proj_weight.detach().std())
+    model = detector(kind).model
+    encoder, decoder = spread(model.encoder.layers[1].self_attn), spread(model.decoder.layers[1].self_attn)
+    stacked = [] if kind == "deformable_detr" else [encoder]
+    stacked += [] if kind == "conditional_detr" else [decoder]  # whose projections are layers of their own
+    for found in stacked:
+        assert [found[f"{name}_proj"] for name in "qkv"] == pytest.approx([wanted] * 3, rel=0.05)
+    alone = math.sqrt(2 / (64 + 64))
+    own = (
+        [encoder["value_proj"]]
+        if kind == "deformable_detr"
+        else [encoder[OUT.split(".")[0] if kind != "smca" else "o_proj"]]
+    )
+    if kind == "conditional_detr":
+        own += [value for name, value in decoder.items()] if decoder else []
+    assert own == pytest.approx([alone] * len(own), rel=0.05)
 
 
 def test_deformable_attention_keeps_its_pattern() -> None:

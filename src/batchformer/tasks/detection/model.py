@@ -6,6 +6,7 @@ from torch import nn
 
 from batchformer.tasks.set_prediction.backbone import Backbone, create_backbone, replace_backbone, stand_in
 from batchformer.tasks.set_prediction.checkpointing import checkpoint_gradients
+from batchformer.tasks.set_prediction.decoder_norm import normalize_copies
 from batchformer.tasks.set_prediction.initial_weights import initialize
 
 from .settings import NetworkSettings, published
@@ -43,6 +44,7 @@ def build_detector(settings: NetworkSettings, num_classes: int) -> Any:
     network = _make(settings, num_classes, stand_in(backbone))
     replace_backbone(network, backbone)
     initialize(network)
+    normalize_copies(network)
     if settings.checkpointing:
         checkpoint_gradients(network)
     return network

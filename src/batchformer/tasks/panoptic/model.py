@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from batchformer.tasks.set_prediction.backbone import Backbone, create_backbone, replace_backbone, stand_in
 from batchformer.tasks.set_prediction.checkpointing import checkpoint_gradients
+from batchformer.tasks.set_prediction.decoder_norm import normalize_copies
 from batchformer.tasks.set_prediction.initial_weights import initialize
 
 from .settings import NetworkSettings
@@ -74,6 +75,7 @@ def build_detector(settings: NetworkSettings, num_classes: int) -> Any:
     detector = getattr(transformers, f"{name}ForObjectDetection")(config)
     replace_backbone(detector, backbone)
     initialize(detector)
+    normalize_copies(detector)
     if settings.checkpointing:
         checkpoint_gradients(detector)
     return detector.train()
@@ -101,7 +103,7 @@ def with_masks(detector: Any) -> Any:
         if isinstance(module, Backbone):
             module.trains = "nothing"
     name = type(detector).__name__.removesuffix("ForObjectDetection")
-    # A configuration of its own: where a decoder's says auxiliary_loss, it also normalises between its layers.
+    # A configuration of its own: the detector keeps the one that it was built with.
     network = getattr(transformers, f"{name}ForSegmentation")(copy.deepcopy(detector.config))
     setattr(network, detector_inside(network), detector.requires_grad_(False))
     if name == "ConditionalDetr":

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["initialize"]
+__all__ = ["STACKED_GAIN", "initialize"]
+
+STACKED_GAIN = math.sqrt(0.5)
+"""Of Xavier, for each of three C x C projections that are one 3C x C matrix in torch's attention, as published."""
 
 _KEPT = ("sampling_offsets", "attention_weights")  # Deformable attention starts from a pattern that transformers lays
 
@@ -45,6 +48,8 @@ def initialize(detector: Any) -> None:
             for name, parameter in part.named_parameters():
                 if parameter.dim() > 1 and not any(word in name for word in _KEPT):
                     nn.init.xavier_uniform_(parameter)
+            for projection in _stacked(part):
+                nn.init.xavier_uniform_(projection.weight, gain=STACKED_GAIN)
         if (queries := getattr(model, "query_position_embeddings", None)) is not None:
             nn.init.normal_(queries.weight)
         if kind == "deformable_detr":
@@ -70,6 +75,13 @@ def _deformable(detector: Any) -> None:
         # Boxes start small; with refinement only the first layer says so, with proposals none does.
         if not detector.config.two_stage and (number == 0 or not detector.config.with_box_refine):
             nn.init.constant_(last.bias[2:], -2.0)
+
+
+def _stacked(part: nn.Module) -> list[nn.Linear]:
+    """Projections of what is ``nn.MultiheadAttention`` in the published code: Conditional DETR's decoder is not."""
+    names = ("q_proj", "k_proj", "v_proj")
+    attentions = [module for module in part.modules() if all(hasattr(module, name) for name in names)]
+    return [getattr(module, name) for module in attentions for name in names]
 
 
 def _linears(module: Any) -> list[nn.Linear]:

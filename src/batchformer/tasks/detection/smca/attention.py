@@ -11,6 +11,10 @@ from transformers.activations import ACT2FN
 from batchformer.tasks.detection.smca.configuration import SmcaConfig
 
 
+class InProjection(nn.Linear):
+    """One of queries, keys and values; the three start as one stacked matrix, as in ``nn.MultiheadAttention``."""
+
+
 class Attention(nn.Module):
     r"""Multi-head attention :math:`\mathrm{softmax}(Q K^T / \sqrt{D} + \mathrm{bias}) V` between projections.
 
@@ -28,9 +32,9 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, drop: float) -> None:
         super().__init__()
         self.num_heads, self.drop = num_heads, drop
-        self.q_proj = nn.Linear(dim, dim)
-        self.k_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim)
+        self.q_proj = InProjection(dim, dim)
+        self.k_proj = InProjection(dim, dim)
+        self.v_proj = InProjection(dim, dim)
         self.o_proj = nn.Linear(dim, dim)
 
     def forward(

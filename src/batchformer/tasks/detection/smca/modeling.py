@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
+from batchformer.tasks.detection.smca.attention import InProjection
 from batchformer.tasks.detection.smca.backbone import SmcaBackbone, freeze
 from batchformer.tasks.detection.smca.configuration import SmcaConfig
 from batchformer.tasks.detection.smca.decoder import MLP, InverseExtent, SmcaDecoder, SmcaModelOutput
 from batchformer.tasks.detection.smca.encoder import SmcaEncoder
 from batchformer.tasks.detection.smca.prior import sine_positions, valid_size
+from batchformer.tasks.set_prediction.initial_weights import STACKED_GAIN
 
 
 @dataclass
@@ -79,7 +81,7 @@ class SmcaPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             nn.init.zeros_(module.weight)
             nn.init.ones_(module.bias)
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.xavier_uniform_(module.weight)
+            nn.init.xavier_uniform_(module.weight, STACKED_GAIN if isinstance(module, InProjection) else 1.0)
             if module.bias is not None:
                 nn.init.constant_(module.bias, -math.log(99) if isinstance(module, Classifier) else 0.0)
 

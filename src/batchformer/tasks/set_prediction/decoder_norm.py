@@ -1,0 +1,65 @@
+"""The decoder's last norm on copies of the layers' outputs, as published; transformers puts it between the layers.
+
+With ``auxiliary_loss=True``, DETR and Conditional DETR of transformers (4.57 to 5.24) hand the normalised output of
+each decoder layer to the next one, and normalise the last one twice: another network than with
+``auxiliary_loss=False``. In the published code the norm is for the outputs that the heads see, and the loss of all
+layers changes nothing in the network.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["normalize_copies"]
+
+
+def normalize_copies(detector: Any) -> None:
+    """Let a detector of transformers with ``auxiliary_loss=True`` compute what it computes without, for good.
+
+    Its predictions, in training and in evaluation, then equal those of the same weights with ``auxiliary_loss=False``,
+    and the auxiliary outputs are the published ones. Models other than DETR and Conditional DETR are left alone.
+
+    Args:
+        detector: ``DetrForObjectDetection`` or ``ConditionalDetrForObjectDetection``, changed in place by hooks.
+
+    Source:
+        DETR, section 3.2, auxiliary decoding losses: a shared norm before the heads of every layer.
+
+    Example:
+        >>> import torch
+        >>> from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
+        >>> tiny = ResNetConfig(embedding_size=4, hidden_sizes=[8], depths=[1], out_features=["stage1"])
+        >>> own = dict(use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=tiny)
+        >>> size = dict(d_model=16, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=8, decoder_ffn_dim=8)
+        >>> model = DetrForObjectDetection(DetrConfig(**own, **size, auxiliary_loss=True)).eval()
+        >>> normalize_copies(model)
+        >>> logits = model(torch.ones(1, 3, 32, 32)).logits
+        >>> plain = DetrForObjectDetection(DetrConfig(**own, **size, auxiliary_loss=False)).eval()
+        >>> _ = plain.load_state_dict(model.state_dict())
+        >>> torch.allclose(logits, plain(torch.ones(1, 3, 32, 32)).logits, atol=1e-6)
+        True
+    """
+    if detector.config.model_type in ("detr", "conditional_detr"):
+        _Copies(detector.model.decoder)
+
+
+class _Copies:
+    """Hooks of a decoder: its norm is passed over while the layers run, and is then put on all of their outputs."""
+
+    def __init__(self, decoder: Any) -> None:
+        self.passed_over = False
+        decoder.register_forward_pre_hook(self.start)
+        decoder.layernorm.register_forward_hook(self.norm)
+        decoder.register_forward_hook(self.end)
+
+    def start(self, decoder: Any, args: Any) -> None:
+        self.passed_over = bool(decoder.config.auxiliary_loss)
+
+    def norm(self, layernorm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return args[0] if self.passed_over else output
+
+    def end(self, decoder: Any, args: Any, output: Any) -> None:
+        passed_over, self.passed_over = self.passed_over, False
+        if passed_over:
+            output.intermediate_hidden_states = decoder.layernorm(output.intermediate_hidden_states)
+            output.last_hidden_state = output.intermediate_hidden_states[-1]
