@@ -154,7 +154,9 @@ def test_both_stages_train_record_and_resume(
     assert [row["step"] for row in history] == ["2", "4", "6"]
     assert all(math.isfinite(float(row["train_loss"])) for row in history)
     assert history[0]["val_PQ"] == "" and all(row["val_PQ"] for row in history[1:])
-    assert len(list((tmp_path / "whole" / "pictures").glob("*.png"))) == 2
+    drawn = {path.name for path in (tmp_path / "whole" / "pictures").glob("*.png")}
+    assert len(drawn) == 2
+    assert drawn == {path.name for path in (tmp_path / "whole" / "pictures" / "given").glob("*.png")}
     for epoch in RESUMED.get(name, ()):
         check_that_it_resumes(recipe, words, tmp_path / "whole", epoch, monkeypatch)
 

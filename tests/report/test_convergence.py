@@ -97,6 +97,13 @@ def test_pictures_of_one_seed_side_by_side(folders, tmp_path):
         "| a | ![a.png](<../cmp/plain/seed1/pictures/a.png>) | ![a.png](<../cmp/batchformer/seed1/pictures/a.png>) |",
         "| b | ![b.png](<../cmp/plain/seed1/pictures/b.png>) |  |",
     ]
+    given = folder / "batchformer" / "seed1" / "pictures" / "given"
+    given.mkdir()
+    (given / "a.png").touch()
+    lines = picture_table(read_comparison(folder), tmp_path / "out").splitlines()
+    assert lines[0] == "|  | given | plain, seed 1 | batchformer, seed 1 |"
+    shown = "| a | ![a.png](<../cmp/batchformer/seed1/pictures/given/a.png>) | ![a.png](<../cmp/plain/seed1/"
+    assert lines[2].startswith(shown)
 
 
 def test_groups_of_other_metrics(folders, tmp_path):

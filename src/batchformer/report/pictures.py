@@ -11,7 +11,9 @@ _MOST = 8
 
 
 def picture_table(comparison: Comparison, folder: Path) -> str | None:
-    """``pictures/<name>.png`` of the arms' runs with one seed, as a Markdown table.
+    """``pictures/<name>.png`` of the arms' runs with one seed, as a Markdown table: one row for each name.
+
+    Before them stands ``pictures/given/<name>.png``, where a run has it: image and truth, the same in every arm.
 
     Args:
         comparison: Its finished runs.
@@ -28,9 +30,13 @@ def picture_table(comparison: Comparison, folder: Path) -> str | None:
     else:
         return None
     names = sorted({path.name for run in runs for path in (run.path / "pictures").glob("*.png")})
-    lines = [["", *(f"{run.arm}, seed {run.seed}" for run in runs)], ["---"] * (1 + len(runs))]
+    sources = [(f"{run.arm}, seed {run.seed}", run.path / "pictures") for run in runs]
+    given = next((run.path / "pictures" / "given" for run in runs if (run.path / "pictures" / "given").is_dir()), None)
+    if given is not None:
+        sources.insert(0, ("given", given))
+    lines = [["", *(title for title, _ in sources)], ["---"] * (1 + len(sources))]
     for name in names[:_MOST]:
-        paths = [run.path / "pictures" / name for run in runs]
+        paths = [source / name for _, source in sources]
         links = [f"![{name}](<{os.path.relpath(path, folder)}>)" if path.is_file() else "" for path in paths]
         lines.append([name.removesuffix(".png"), *links])
     more = f"\n{len(names) - _MOST} more are in the run folders.\n" if len(names) > _MOST else ""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy.ndimage import distance_transform_edt
 
 from .maps import PanopticMap
 
@@ -113,14 +114,16 @@ def _borders(ids_HW: Any) -> Any:
 
 
 def _write_names(picture: Image.Image, ids_HW: Any, names: Sequence[str]) -> None:
-    """A name inside each segment that has room for it, at its pixel nearest to its middle."""
+    """A name in each segment that has room for it, at its innermost pixel."""
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default()
     for number, name in enumerate(names, 1):
-        ys, xs = np.nonzero(ids_HW == number)
+        segment = ids_HW == number
         left, top, right, bottom = pen.textbbox((0, 0), name, font=font)
-        if len(ys) < 2 * (right - left) * (bottom - top):
+        if segment.sum() < 2 * (right - left) * (bottom - top):
             continue
-        nearest = int(np.argmin((ys - ys.mean()) ** 2 + (xs - xs.mean()) ** 2))
-        x = min(max(0, int(xs[nearest]) - right // 2), picture.width - int(right) - 1)
-        y = min(max(0, int(ys[nearest]) - bottom // 2), picture.height - int(bottom) - 1)
+        # Far from other segments; the picture's own edge is none of them, and the name is kept inside of it below.
+        depth = distance_transform_edt(segment)
+        row, column = np.unravel_index(int(np.argmax(depth)), depth.shape)
+        x = min(max(0, int(column) - int(right) // 2), picture.width - int(right) - 1)
+        y = min(max(0, int(row) - int(bottom) // 2), picture.height - int(bottom) - 1)
         pen.text((x, y), name, fill="white", font=font, stroke_width=1, stroke_fill="black")

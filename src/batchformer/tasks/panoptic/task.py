@@ -58,8 +58,9 @@ class PanopticTask(LightningModule):
         optimizer: Optimizer and schedule of the detector; the mask head has a learning rate and milestones of its own.
         stage: Detector, mask head, or one after the other.
         postprocess: From queries to a map.
-        pictures: So many of the first test images are drawn with their true and their predicted map, into the run
-            folder's ``pictures/``; a report shows those of several arms side by side.
+        pictures: So many of the first test images are drawn, with their predicted map into the run folder's
+            ``pictures/`` and with their true one into ``pictures/given/``; a report shows image, truth and all arms in a
+            row.
         seed: Of initial weights and dropout.
 
     Raises:
@@ -249,12 +250,13 @@ class PanopticTask(LightningModule):
     def _draw(self, folder: Path) -> None:
         facts = cast(DataFacts, self.facts)
         for file, truth, predicted in self.drawn:
-            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "given").mkdir(parents=True, exist_ok=True)
             with Image.open(file) as opened:
                 image = opened.convert("RGB")
-            maps = ((name, draw(image, x, facts.classes, facts.is_thing)) for name, x in
-                    (("truth", truth), (self.plug_in.arm, predicted)))  # fmt: skip
-            side_by_side([("image", image), *maps]).save(folder / f"{Path(file).stem}.png")
+            true, found = (draw(image, x, facts.classes, facts.is_thing) for x in (truth, predicted))
+            name = f"{Path(file).stem}.png"
+            side_by_side([("image", image), ("truth", true)]).save(folder / "given" / name)
+            side_by_side([(self.plug_in.arm, found)]).save(folder / name)
 
     def _log_metrics(self, split: str, prefix: str) -> None:
         metric = cast(PanopticMetrics, self.metrics[split])
