@@ -59,8 +59,8 @@ class PanopticTask(LightningModule):
         stage: Detector, mask head, or one after the other.
         postprocess: From queries to a map.
         pictures: So many of the first test images are drawn, with their predicted map into the run folder's
-            ``pictures/`` and with their true one into ``pictures/given/``; a report shows image, truth and all arms in a
-            row.
+            ``pictures/`` and with their true one into ``pictures/given/``; a report shows image, truth and all arms
+            in a row.
         seed: Of initial weights and dropout.
 
     Raises:
