@@ -24,6 +24,21 @@ def test_classes_have_their_colours_and_void_keeps_the_image() -> None:
     assert picture.getpixel((199, 3)) == (255, 255, 255), "a border between two of a class"
 
 
+def test_a_name_stands_in_the_middle_of_its_segment() -> None:
+    ids = torch.ones(320, 320, dtype=torch.int64)
+    ids[60:260, 60:260] = 2  # a ring around it: the pixels nearest to the ring's middle lie at its inner edge
+    picture = draw(
+        Image.new("RGB", (320, 320)), PanopticMap.of(ids, [1, 2], [0, 1]), ["backdrop", "cat"], [False, True]
+    )
+    black = torch.tensor([[sum(picture.getpixel((x, y))) < 30 for x in range(320)] for y in range(320)])
+    rows, columns = black.nonzero(as_tuple=True)
+    inside = (rows >= 60) & (rows < 260) & (columns >= 60) & (columns < 260)
+    assert abs(rows[inside].float().mean() - 160) < 10 and abs(columns[inside].float().mean() - 160) < 10
+    ring = rows[~inside].float().mean(), columns[~inside].float().mean()
+    assert min(*ring, 320 - ring[0], 320 - ring[1]) < 60, "between the picture's edge and the square"
+    assert int(inside.sum()) > 20 and int((~inside).sum()) > 20
+
+
 def test_small_pictures_grow_and_sizes_must_agree() -> None:
     segments = PanopticMap.of(torch.ones(20, 30, dtype=torch.int64), [1], [0])
     assert max(draw(Image.new("RGB", (30, 20)), segments, ["sky"], [False]).size) >= 320

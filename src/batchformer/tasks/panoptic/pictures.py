@@ -121,8 +121,7 @@ def _write_names(picture: Image.Image, ids_HW: Any, names: Sequence[str]) -> Non
         left, top, right, bottom = pen.textbbox((0, 0), name, font=font)
         if segment.sum() < 2 * (right - left) * (bottom - top):
             continue
-        # Far from other segments; the picture's own edge is none of them, and the name is kept inside of it below.
-        depth = distance_transform_edt(segment)
+        depth = distance_transform_edt(np.pad(segment, 1))[1:-1, 1:-1]  # the picture's edge is an edge too
         row, column = np.unravel_index(int(np.argmax(depth)), depth.shape)
         x = min(max(0, int(column) - int(right) // 2), picture.width - int(right) - 1)
         y = min(max(0, int(row) - int(bottom) // 2), picture.height - int(bottom) - 1)

@@ -1,6 +1,7 @@
 """Panoptic maps of images of one's own: drawn, and in COCO's format of results."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from batchformer.data.coco_layout import file_ids
-from batchformer.data.detection_transforms import collate, eval_transform
+from batchformer.data.detection_transforms import collate, eval_transform, read_image
 
 from .maps import PanopticMap
 from .pictures import draw, side_by_side
@@ -44,7 +45,10 @@ def predict(
 
     Raises:
         FileNotFoundError: When a run has no checkpoint.
-        ValueError: When a run has no mask head, or for a threshold out of range.
+        ValueError: When a run has no mask head, for a threshold out of range, and for a file that is no image.
+
+    Warns:
+        UserWarning: When no image has a segment in the map of ``run``.
     """
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"Expected a threshold in 0..1, got {threshold}.")
@@ -54,8 +58,7 @@ def predict(
     (out / "panoptic").mkdir(parents=True, exist_ok=True)
     ids = file_ids(images)
     for number, file in enumerate(images, 1):
-        with Image.open(file) as opened:
-            image = opened.convert("RGB")
+        image = read_image(file)
         maps = [segments_of(restored, image, threshold) for _, restored in runs]
         drawn = [
             (title, draw(image, found, restored.facts.classes, restored.facts.is_thing))
@@ -68,6 +71,10 @@ def predict(
         write_png(maps[0], out / "panoptic" / name)
         written += [out / name, out / "panoptic" / name]
         annotations.append(_annotation(maps[0], runs[0][1], ids[number - 1], name))
+    if images and not any(entry["segments_info"] for entry in annotations):
+        least = runs[0][1].postprocess.threshold if threshold is None else threshold
+        number_of = "1 image" if len(images) == 1 else f"{len(images)} images"
+        warnings.warn(f"No segment above {least:g} in {number_of}: lower --threshold, or train longer.", stacklevel=2)
     listing = out / "panoptic.json"
     listing.write_text(json.dumps({"annotations": annotations}, indent=1) + "\n", encoding="utf-8")
     return [*written, listing]

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch import LightningModule
-from PIL import Image
 from torch import Tensor, nn
 
 from batchformer.core import Handle
+from batchformer.data.detection_transforms import read_image
 from batchformer.data.samplers import derive_seed
 from batchformer.tasks.set_prediction.average_precision import detections
 from batchformer.tasks.set_prediction.backbone import Backbone
@@ -251,8 +251,7 @@ class PanopticTask(LightningModule):
         facts = cast(DataFacts, self.facts)
         for file, truth, predicted in self.drawn:
             (folder / "given").mkdir(parents=True, exist_ok=True)
-            with Image.open(file) as opened:
-                image = opened.convert("RGB")
+            image = read_image(file)
             true, found = (draw(image, x, facts.classes, facts.is_thing) for x in (truth, predicted))
             name = f"{Path(file).stem}.png"
             side_by_side([("image", image), ("truth", true)]).save(folder / "given" / name)
