@@ -332,7 +332,9 @@ def _predict(arguments: argparse.Namespace) -> None:
 
     images = image_files(arguments.images)
     from batchformer.engine.predict import predict
+    from batchformer.engine.run import quiet
 
+    quiet()
     run = Path(arguments.run_folder)
     options: dict[str, Any] = {} if arguments.threshold is None else {"threshold": arguments.threshold}
     if arguments.beside:

@@ -12,6 +12,7 @@ Axis letters: B images, T boxes, H, W pixels.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,18 @@ from .images import decode
 from .samplers import derive_seed
 from .transforms import seeded
 
-__all__ = ["CocoDetection", "Sample", "SizeJitter", "Transform", "collate", "eval_transform", "train_transform"]
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "CocoDetection",
+    "Sample",
+    "SizeJitter",
+    "Transform",
+    "collate",
+    "eval_transform",
+    "read_image",
+    "train_transform",
+]
 
 Sample = tuple[Tensor, dict[str, Tensor]]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -205,6 +217,20 @@ class DropVanished(nn.Module):
 # -------------------------------------------------------------------- samples and batches
 
 
+def read_image(file: str | Path) -> Image.Image:
+    """An image as networks see it in training, in the test and in predictions: RGB, opaque, as its file stores it.
+
+    Camera orientation is not applied, for annotations are drawn on the pixels as they are stored.
+
+    Raises:
+        DataError: It cannot be decoded.
+    """
+    try:
+        return decode(Path(file), 3, upright=False)
+    except OSError as error:
+        raise DataError(f"Expected an image in {file}, but it cannot be decoded: {error}") from None
+
+
 class CocoDetection(Dataset[Sample]):
     """Samples of a split; ``dataset[epoch, index]`` is a pure function of (seed, epoch, index).
 
@@ -241,12 +267,9 @@ class CocoDetection(Dataset[Sample]):
             return self.transform(self.image(index), self.annotations(index))
 
     def image(self, index: int) -> Image.Image:
-        """The picture of an index, RGB, as the annotations see it (camera orientation is not applied)."""
+        """The picture of an index, see `read_image`."""
         record = self.split.images[index]
-        try:
-            image = decode(record.file, 3, upright=False)
-        except OSError as error:
-            raise DataError(f"Expected an image in {record.file}, but it cannot be decoded: {error}") from None
+        image = read_image(record.file)
         if (image.height, image.width) != (record.height, record.width):
             raise DataError(
                 f"Expected {record.file} of {record.width} x {record.height} pixels, as the annotations say, got "

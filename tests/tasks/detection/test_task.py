@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from lightning.pytorch import Trainer
 from batchformer.tasks.detection.data import DetectionData
 from batchformer.tasks.detection.model import backbone_of, build_detector
 from batchformer.tasks.detection.restore import load_network
+from batchformer.tasks.detection.settings import NetworkSettings
+from batchformer.tasks.detection.smca.decoder import SpatialPrior
 from batchformer.tasks.detection.task import DetectionTask
 from batchformer.tasks.set_prediction.from_transformers import set_outputs
 from batchformer.tasks.set_prediction.optimization import DetectorOptimizerSettings
@@ -235,6 +238,32 @@ def test_the_moving_average_is_tested(small: Make, data: Make, trainer: Make) ->
 def test_wrong_networks(settings: dict[str, Any], message: str, small: Make) -> None:
     with pytest.raises(ValueError, match=message):
         build_detector(small(**settings), 3)
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_one_decoder_layer_of_deformable_detr_needs_the_proposals_head(refine: bool, small: Make) -> None:
+    one = {"decoder_layers": 1, "with_box_refine": refine}
+    if int(transformers.__version__.split(".")[0]) < 5:
+        build_detector(small("deformable_detr", **one), 3)
+    else:
+        with pytest.raises(ValueError, match="at least 2 for deformable_detr, got 1.*Give 2, or two_stage=true"):
+            build_detector(small("deformable_detr", **one), 3)
+    network = build_detector(small("deformable_detr", two_stage=True, **one), 3).eval()
+    with torch.no_grad():
+        assert network(torch.zeros(1, 3, 64, 64)).logits.shape == (1, 8, 3)
+
+
+@pytest.mark.parametrize(("settings", "numbers"), [({}, [8, 8]), ({"prior_heads": "shared"}, [2])])
+def test_smca_shares_its_gaussian_where_asked(settings: dict[str, Any], numbers: list[int], small: Make) -> None:
+    """Four heads with an offset and an extent each, of two numbers; or one extent around the query's own centre."""
+    priors = [m for m in build_detector(small("smca", **settings), 3).modules() if isinstance(m, SpatialPrior)]
+    assert [[part.out_features for part in prior.children()] for prior in priors] == [numbers] * 2
+
+
+def test_stored_settings_from_before_smca_could_share_its_gaussian(small: Make) -> None:
+    stored = asdict(small("smca"))
+    del stored["prior_heads"]
+    assert NetworkSettings(**stored).prior_heads == "independent"
 
 
 @pytest.mark.parametrize(

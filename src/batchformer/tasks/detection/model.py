@@ -80,8 +80,8 @@ def _make(settings: NetworkSettings, num_classes: int, backbone: dict[str, Any])
     if detector == "smca":
         from .smca import SmcaConfig, SmcaForObjectDetection
 
-        config = SmcaConfig(**arguments, num_feature_levels=levels, prior_scale=settings.prior_scale)
-        return SmcaForObjectDetection(config)
+        prior = {"prior_scale": settings.prior_scale, "prior_heads": settings.prior_heads}
+        return SmcaForObjectDetection(SmcaConfig(**arguments, **prior, num_feature_levels=levels))
     import transformers
 
     if detector == "deformable_detr":
@@ -112,7 +112,22 @@ def _check(settings: NetworkSettings, levels: int) -> None:
         )
     if settings.detector != "deformable_detr" and (settings.two_stage or settings.with_box_refine):
         raise ValueError(f"Expected two_stage and with_box_refine with deformable_detr, got {settings.detector}.")
+    if settings.detector == "deformable_detr":
+        _check_heads(settings)
     if settings.d_model % settings.num_heads:
         raise ValueError(
             f"Expected d_model to be a multiple of num_heads={settings.num_heads}, got {settings.d_model}."
+        )
+
+
+def _check_heads(settings: NetworkSettings) -> None:
+    from transformers import DeformableDetrForObjectDetection
+
+    # One head for each decoder layer, and one for the proposals. transformers 5 ties them by a table of names, and an
+    # entry of it that fits none is an error that speaks of its own source; transformers 4 has a list.
+    single = settings.decoder_layers + settings.two_stage < 2
+    if single and isinstance(DeformableDetrForObjectDetection._tied_weights_keys, dict):
+        raise ValueError(
+            f"Expected decoder_layers of at least 2 for deformable_detr, got {settings.decoder_layers}: transformers 5 "
+            "cannot build it with a single prediction head. Give 2, or two_stage=true, which has one more head."
         )

@@ -1,6 +1,7 @@
 """Boxes on images of one's own, drawn and as COCO's results."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from batchformer.data.coco_layout import file_ids
-from batchformer.data.detection_transforms import collate, eval_transform
+from batchformer.data.detection_transforms import collate, eval_transform, read_image
 
 from .metrics import detections
 from .restore import Restored, load_network
@@ -47,7 +48,10 @@ def predict(run: Path, images: Sequence[Path], out: Path, *, threshold: float = 
 
     Raises:
         FileNotFoundError: When the run has no checkpoint.
-        ValueError: For a threshold out of range.
+        ValueError: For a threshold out of range, and for a file that is no image.
+
+    Warns:
+        UserWarning: When no image has a box.
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"Expected a threshold in 0..1, got {threshold}.")
@@ -58,8 +62,7 @@ def predict(run: Path, images: Sequence[Path], out: Path, *, threshold: float = 
     written: list[Path] = []
     ids = file_ids(images)
     for number, file in enumerate(images, 1):
-        with Image.open(file) as opened:
-            image = opened.convert("RGB")
+        image = read_image(file)
         found = _detect(restored, image)
         keep = found["scores"] >= threshold
         found = {name: value[keep] for name, value in found.items()}
@@ -70,9 +73,18 @@ def predict(run: Path, images: Sequence[Path], out: Path, *, threshold: float = 
         picture.save(path)
         written.append(path)
         results += _coco_results(found, facts.category_ids, ids[number - 1], file.name)
+    if images and not results:
+        warnings.warn(
+            f"No box with a score of {threshold:g} or more in {_count(images)}: lower --threshold, or train longer.",
+            stacklevel=2,
+        )
     listing = out / "detections.json"
     listing.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return [*written, listing]
+
+
+def _count(images: Sequence[Path]) -> str:
+    return "1 image" if len(images) == 1 else f"{len(images)} images"
 
 
 def _detect(restored: Restored, image: Image.Image) -> dict[str, Tensor]:

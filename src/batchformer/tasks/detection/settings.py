@@ -27,6 +27,7 @@ class NetworkSettings:
         with_box_refine: Deformable DETR: each decoder layer refines the boxes of the one before.
         two_stage: Deformable DETR: the encoder proposes the boxes that the decoder starts from.
         prior_scale: SMCA: extent of the Gaussian.
+        prior_heads: SMCA: a Gaussian of its own for each head, or one for all.
         checkpointing: Gradient checkpointing: less memory, more time, the same numbers.
     """
 
@@ -43,6 +44,7 @@ class NetworkSettings:
     with_box_refine: bool = False
     two_stage: bool = False
     prior_scale: Literal["fixed", "single", "width_height"] = "width_height"
+    prior_heads: Literal["independent", "shared"] = "independent"
     checkpointing: bool = False
 
 

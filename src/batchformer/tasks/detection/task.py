@@ -16,7 +16,7 @@ from batchformer.tasks.set_prediction.from_transformers import use_criterion
 from batchformer.tasks.set_prediction.optimization import DetectorOptimizerSettings, parameter_groups
 from batchformer.tasks.training.averaging import MovingAverage
 from batchformer.tasks.training.contract import ClassResult
-from batchformer.tasks.training.schedule import optimization
+from batchformer.tasks.training.schedule import DIVERGED, optimization
 from batchformer.tasks.training.settings import BatchFormerSettings, insert_plug_in
 
 from .loss import build_criterion
@@ -25,10 +25,6 @@ from .model import backbone_of, build_detector
 from .restore import DataFacts
 from .settings import LossSettings, NetworkSettings
 
-DIVERGED = (
-    "Lower model.optimizer.lr, raise model.optimizer.warmup_epochs, clip with trainer.gradient_clip_val, or run with "
-    "precision=32-true."
-)
 AFTER_THE_FIRST_LAYER = BatchFormerSettings(before=None, after=["model.encoder.layers.0"])
 
 

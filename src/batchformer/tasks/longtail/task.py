@@ -14,7 +14,7 @@ from batchformer.core import Handle, param_groups
 from batchformer.data.samplers import derive_seed
 from batchformer.tasks.training.averaging import MovingAverage
 from batchformer.tasks.training.contract import ClassResult
-from batchformer.tasks.training.schedule import optimization
+from batchformer.tasks.training.schedule import DIVERGED, optimization
 from batchformer.tasks.training.settings import BatchFormerSettings, OptimizerSettings, insert_plug_in
 
 from .criterion import Criterion, RIDELoss, build_loss
@@ -25,11 +25,6 @@ from .paco import PaCoOutput
 from .restore import DataFacts, build_network, load_network, second_stage
 from .ride import RIDE, RoutedExperts, RoutedOutput, RoutingOutput
 from .settings import LossSettings, NetworkSettings, StageSettings
-
-DIVERGED = (
-    "Lower model.optimizer.lr, raise model.optimizer.warmup_epochs, clip with trainer.gradient_clip_val, or run with "
-    "precision=32-true."
-)
 
 
 class LongTailTask(LightningModule):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchformer.data import fetch
+from batchformer.data.detection_transforms import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -29,8 +30,6 @@ __all__ = [
     "stand_in",
 ]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 Trains = Literal["nothing", "from_stride_8", "all"]
 LITE0 = "efficientnet_lite0"
 

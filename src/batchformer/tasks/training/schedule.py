@@ -9,6 +9,12 @@ from lightning.pytorch import Trainer
 
 from .settings import OptimizerSettings
 
+DIVERGED = (
+    "Lower model.optimizer.lr, raise model.optimizer.warmup_epochs, clip with trainer.gradient_clip_val, or run with "
+    "precision=32-true."
+)
+"""What to do about a loss or logits that are not finite; ends the error that reports them."""
+
 
 def optimization(groups: Sequence[dict[str, Any]], settings: OptimizerSettings, trainer: Trainer) -> dict[str, Any]:
     """What ``configure_optimizers`` returns: SGD or AdamW, and the schedule, which steps with every batch.
