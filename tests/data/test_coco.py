@@ -117,7 +117,7 @@ def test_strict_policy_refuses_all_at_once(write: Write) -> None:
             r"four finite numbers(.|\n)*annot.* 1(.|\n)* 2",
         ),
         ([{"id": 1, "image_id": 5}], {}, r"annotations\[0\] has no category_id\n  annotations\[0\] has no bbox"),
-        ([7], {}, r"annotations\[0\] has no image_id"),
+        ([7], {}, r"annotations\[0\] is 7, not an object"),
         ([], {"categories": None}, r"no categories\."),
         ([], {"categories": []}, r"at least one category"),
         ([], {"categories": [*CATEGORIES, {"id": 3, "name": "bus"}]}, r"each id once among the categories .*:\n  3"),
@@ -129,6 +129,70 @@ def test_errors_name_everything(
 ) -> None:
     with pytest.raises(DataError, match=message):
         open_split(write(annotations, **changes), "train")
+
+
+IMAGE = {"id": 5, "file_name": "000000000005.jpg", "height": 30, "width": 40}
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "big", True, [4]])
+def test_areas_are_finite_and_not_negative(value: Any, write: Write) -> None:
+    root = write([box(1, 5, [0, 0, 9, 9], area=value), box(2, 5, [0, 0, 9, 9], area=-0.5)])
+    words = f"area is {json.dumps(value)}, not a finite number of at least 0"
+    with pytest.raises(DataError, match=r"instances_train2017\.json") as caught:
+        open_split(root, "train")
+    assert f"\n  annotations[0]: {words}\n  annotations[1]: area is -0.5, not" in str(caught.value)
+    assert "number the images" not in str(caught.value), "advice on ids, of which none is wrong"
+
+
+@pytest.mark.parametrize("key", ["height", "width"])
+@pytest.mark.parametrize("value", [0, -30, None, 30.5, "30", float("inf"), True])
+def test_images_have_a_size(key: str, value: Any, write: Write) -> None:
+    root = write([box(1, 5, [0, 0, 9, 9])], images=[{**IMAGE, key: value}, {**IMAGE, "id": 7, key: value}])
+    words = f"{key} is {json.dumps(value)}, not a whole number of at least 1"
+    with pytest.raises(DataError) as caught:
+        open_split(root, "train")
+    assert f"2017.json, of the types that COCO has:\n  images[0]: {words}\n  images[1]: {words}" in str(caught.value)
+
+
+def test_wrong_types_are_listed_together_with_their_places(write: Write) -> None:
+    found = [
+        box(1, 5, [0, 0, 9, 9]),
+        {**box(2, 5, [0, 0, 9, 9]), "id": None},
+        {**box(3, 5, [0, 0, 9, 9]), "id": "abc", "category_id": [1]},
+        {**box(4, 5, [0, 0, 9, 9]), "image_id": 5.5, "iscrowd": "no"},
+        {"id": True, "image_id": 5, "category_id": 3},
+    ]
+    categories = [*CATEGORIES, {"id": "car", "name": None, "isthing": None}]
+    images = [IMAGE, {**IMAGE, "id": "img0", "file_name": 7}]
+    with pytest.raises(DataError, match=r"Expected complete entries in .*instances_train2017\.json") as caught:
+        open_split(write(found, images=images, categories=categories), "train")
+    assert str(caught.value).splitlines()[1:] == [
+        '  images[1]: id is "img0", not a whole number',
+        "  images[1]: file_name is 7, not a string",
+        '  categories[2]: id is "car", not a whole number',
+        "  categories[2]: name is null, not a string",
+        "  categories[2]: isthing is null, not 0 or 1",
+        "  annotations[1]: id is null, not a whole number",
+        '  annotations[2]: id is "abc", not a whole number',
+        "  annotations[2]: category_id is [1], not a whole number",
+        "  annotations[3]: image_id is 5.5, not a whole number",
+        '  annotations[3]: iscrowd is "no", not 0 or 1',
+        "  annotations[4]: id is true, not a whole number",
+        "  annotations[4] has no bbox",
+        "Ids are whole numbers: number the images, categories and annotations, and put these numbers where image_id "
+        "and category_id refer to them.",
+        "Correct the file, or export it again.",
+    ]
+
+
+def test_what_exporters_write_is_read(write: Write) -> None:
+    """Whole numbers as floats, as pandas writes them; no id, no area, null where nothing is known."""
+    plain = {"image_id": 5.0, "category_id": 3.0, "bbox": [0, 0, 4, 5], "area": None, "iscrowd": None}
+    image = {**IMAGE, "id": 5.0, "height": 30.0}
+    split = open_split(write([plain, {**plain, "area": 0, "iscrowd": 1.0}], images=[image]), "train")
+    assert split.annotations[0].areas.tolist() == [20.0, 20.0]
+    assert split.annotations[0].iscrowd.tolist() == [False, True]
+    assert split.annotations[0].ids.tolist() == [1, 2]
 
 
 def test_missing_images_are_listed_together(write: Write) -> None:
@@ -155,6 +219,30 @@ def test_not_there(write: Write) -> None:
         open_split(root, "train", annotations="none.json")
     (root / "train2017").rename(root / "elsewhere")
     with pytest.raises(DataNotFoundError, match="the images of the split 'train'"):
+        open_split(root, "train")
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataNotFoundError) as caught:
+        open_split("cooc", "train")
+    assert str(caught.value) == (
+        f"Could not find the folder of the data: cooc does not exist. Looked in:\n  {tmp_path / 'cooc'}\n"
+        "What to do:\n"
+        "  - Check the path: --data.root=PATH (in code: root), the folder that has annotations/ and the images."
+    )
+    Path("cooc").touch()
+    with pytest.raises(DataNotFoundError, match="cooc is a file and no folder"):
+        open_split("cooc", "train")
+
+
+def test_advice_is_for_the_command_line_and_for_code(write: Write) -> None:
+    """There is no recipe with a setting ``annotations`` or ``images``."""
+    root = write([])
+    with pytest.raises(DataNotFoundError, match=r"--data\.root=PATH(.|\n)*in code: open_split\(.*annotations=FILE\)"):
+        open_split(root, "val")
+    (root / "train2017").rename(root / "elsewhere")
+    with pytest.raises(DataNotFoundError, match=r"Rename, move or link .*in code: open_split\(.*images=FOLDER\)"):
         open_split(root, "train")
 
 
@@ -224,6 +312,31 @@ def test_panoptic_png_with_segments_that_the_json_has_not(panoptic: Path) -> Non
     segments.append({"id": 300, "category_id": 3})
     file.write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"annotations\[0\], segments_info\[1\] has no bbox"):
+        open_split(panoptic, "val", kind="panoptic")
+
+
+@pytest.mark.parametrize(
+    ("entry", "change", "message"),
+    [
+        (0, {"segments_info": None}, r"annotations\[0\]: segments_info is null, not a list"),
+        (0, {"file_name": None}, r"annotations\[0\]: file_name is null, not a string"),
+        (2, {"segments_info": [7]}, r"annotations\[2\], segments_info\[0\] is 7, not an object"),
+        (2, {"segments_info": [{}]}, r"annotations\[2\], segments_info\[0\] has no id\n"),
+        (0, "area", r"annotations\[0\], segments_info\[1\]: area is -3, not a finite"),
+        (0, "id", r"annotations\[0\], segments_info\[1\]: id is -3.5, not a whole number"),
+    ],
+)
+def test_panoptic_entries_are_named_by_their_places(entry: int, change: Any, message: str, panoptic: Path) -> None:
+    file = panoptic / "annotations" / "panoptic_val2017.json"
+    content = json.loads(file.read_text())
+    listed = content["annotations"]
+    listed += [{**listed[0], "segments_info": []}, {**listed[0], "segments_info": []}]
+    if isinstance(change, str):
+        listed[entry]["segments_info"][1][change] = {"area": -3, "id": -3.5}[change]
+    else:
+        listed[entry].update(change)
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message):
         open_split(panoptic, "val", kind="panoptic")
 
 

@@ -8,8 +8,10 @@ Where things may lie is in :mod:`batchformer.data.coco_layout`. What is done wit
     boxes partly outside their image           clipped to it
     boxes without area, or wholly outside      dropped
     not JSON, a key or a file missing,         an error before the first step, with all problems of the kind;
-    an id twice, an unknown category or        a list of boxes may be mended by hand, a wrong one may not
-    image, numbers that are not finite
+    a value of another type, an id twice,      a list of boxes may be mended by hand, a wrong one may not
+    an unknown category or image, numbers
+    that are not finite, a negative area,
+    an image without height or width
     PNG of another size than its image, or     an error when the PNG is read
     with ids that the JSON has not
     =========================================  ==================================================================

@@ -38,12 +38,24 @@ def _names(split: str) -> list[str]:
     return [f"{split}{year}" for year in _YEARS]
 
 
+def _check_root(root: Path) -> None:
+    if root.is_dir():
+        return
+    problem = "is a file and no folder" if root.exists() else "does not exist"
+    raise DataNotFoundError(
+        f"the folder of the data: {root} {problem}",
+        [root.absolute()],
+        ["Check the path: --data.root=PATH (in code: root), the folder that has annotations/ and the images."],
+    )
+
+
 def find_json(root: Path, split: str, kind: Kind) -> Path:
     """The annotations of a split.
 
     Raises:
         DataNotFoundError: With the places tried and the splits that are there.
     """
+    _check_root(root)
     places = [root / "annotations" / f"{kind}_{name}.json" for name in _names(split)]
     if kind == "instances":
         places.append(root / split / "_annotations.coco.json")
@@ -51,7 +63,10 @@ def find_json(root: Path, split: str, kind: Kind) -> Path:
     if found is None:
         here = splits(root, kind)
         ways = [f"Splits that are there: {', '.join(here)}."] if here else []
-        ways.append("Name the file itself with annotations=..., or another folder with --data.root=PATH.")
+        ways.append("Give the folder that has such a file: --data.root=PATH (in code: root).")
+        ways.append(
+            "Rename, move or link the file to one of these places (in code: open_split(..., annotations=FILE))."
+        )
         raise DataNotFoundError(f"COCO annotations ({kind}) of the split {split!r}", places, ways)
     return found
 
@@ -64,11 +79,13 @@ def find_images(root: Path, split: str, source: Path) -> Path:
     """
     if source.name == "_annotations.coco.json":
         return source.parent
+    _check_root(root)
     names = dict.fromkeys([source.stem.partition("_")[2], *_names(split)])
     places = [place for name in names for place in (root / name, root / "images" / name)] + [root / "images"]
     found = next((place for place in places if place.is_dir()), None)
     if found is None:
-        raise DataNotFoundError(f"the images of the split {split!r}", places, ["Name their folder with images=..."])
+        ways = ["Rename, move or link their folder to one of these places (in code: open_split(..., images=FOLDER))."]
+        raise DataNotFoundError(f"the images of the split {split!r}", places, ways)
     return found
 
 
