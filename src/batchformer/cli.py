@@ -244,9 +244,7 @@ def _scenes(arguments: argparse.Namespace) -> None:
     from batchformer.data import fetch
 
     settings = {name: value for name, value in vars(arguments).items() if name in SCENES}
-    target = Path(arguments.folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    print(fetch.make(target, fetch.get("scene-photographs"), **settings))
+    print(fetch.make(Path(arguments.folder), **settings))
 
 
 def _fit(arguments: argparse.Namespace) -> None:

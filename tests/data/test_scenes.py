@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from batchformer import cli
 from batchformer.data import fetch, packages
 from batchformer.data.coco import open_split
 from batchformer.data.errors import DataError
@@ -163,7 +164,9 @@ def test_unseen_photographs_are_not_in_training(sources: Path, tmp_path: Path, m
     assert not shown["seen"] & shown["unseen"]
 
 
-@pytest.mark.parametrize("changes", [{"size": 8}, {"val": 0}, {"least_objects": 5}, {"most_side": 1.5}, {"visible": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"size": 8}, {"val": 0}, {"least_objects": 5}, {"most_side": 1.5}, {"visible": 0}, {"seed": -1}]
+)
 def test_settings_out_of_range(changes: dict[str, float]) -> None:
     with pytest.raises(DataError, match="Expected"):
         SceneSettings(**changes)  # type: ignore[arg-type]
@@ -198,6 +201,41 @@ def test_get_scenes_fetches_photographs_and_writes(
     assert "animals/mammals/0.png" in (folder / "ATTRIBUTION.txt").read_text()
     with pytest.raises(DataError, match="Expected a new folder"):
         fetch.make(folder, tmp_path / "scene-photographs")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["full"], "Expected a new folder for the scenes, but full has files"),
+        (["full/file"], "full/file is a file"),
+        (["new", "--val=0"], "at least one scene in each split"),
+        (["new", "--seed=-1"], "Expected seed >= 0, got -1"),
+    ],
+)
+def test_the_command_checks_before_it_fetches(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The photographs are a download of 184 MB."""
+    fetched: list[Path] = []
+    monkeypatch.setitem(fetch._SOURCES, "scene-photographs", {"none": lambda scratch: fetched.append(scratch)})
+    monkeypatch.setenv("BATCHFORMER_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert cli.main(["scenes", *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not fetched and sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+def test_the_command_clears_what_a_killed_one_left(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "get", lambda name, root: sources)
+    (tmp_path / ".out.batchformer-12345678" / "scenes").mkdir(parents=True)
+    small = ["--size=48", "--train=1", "--val=1", "--test=1", "--unseen=1"]
+    assert cli.main(["scenes", str(tmp_path / "out"), *small]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "scenes.json").exists()
 
 
 def test_wrong_photographs_are_refused(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from . import packages
 from .catalog import DATASETS, Dataset
 from .errors import DataError, DataNotFoundError
+from .scratch import scratch_beside
 
 __all__ = [
     "DATASETS",
@@ -146,13 +146,12 @@ def get(name: str, root: str | Path | None = None) -> Path:
     if not data.fetchable:
         raise _not_found(name, root)
     target = (Path(root).expanduser() if root is not None else data_root()) / name
-    target.parent.mkdir(parents=True, exist_ok=True)
     if data.made_from:
-        return make(target, get(data.made_from, root))
+        return make(target, root=root)
     for source, fetch in _SOURCES[name].items():
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as scratch:
+        with scratch_beside(target) as scratch:
             try:
-                _publish(fetch(Path(scratch)), target, data, Path(scratch))
+                _publish(fetch(scratch), target, data, scratch)
             except _FAILURES as problem:
                 tried.append(f"{source}: {_one_line(problem)}")
             else:
@@ -188,24 +187,29 @@ def tree_sha256(folder: Path) -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
-def make(target: Path, photographs: Path, **settings: Any) -> Path:
+def make(target: Path, photographs: Path | None = None, *, root: str | Path | None = None, **settings: Any) -> Path:
     """Write scenes; they appear in ``target`` all at once or not at all.
 
     Args:
         target: Folder that is not there yet.
-        photographs: What ``get("scene-photographs")`` gives.
+        photographs: What ``get("scene-photographs")`` gives; ``None``: that, once the rest is known to be sound.
+        root: Where the photographs are looked for and put; as of :func:`get`.
         settings: Of :class:`batchformer.data.scenes.SceneSettings`.
 
     Raises:
         DataError: ``target`` is there already, or a setting is out of range.
+        DataNotFoundError: The photographs are neither here nor could they be fetched.
     """
     from .scenes import SceneSettings, write_scenes
 
-    if target.exists() and any(target.iterdir()):
-        raise DataError(f"Expected a new folder for the scenes, but {target} has files. Delete it, or name another.")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        what = "has files" if target.is_dir() else "is a file"
+        raise DataError(f"Expected a new folder for the scenes, but {target} {what}. Delete it, or name another.")
     wanted = SceneSettings(**settings)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        written = write_scenes(Path(scratch) / "scenes", photographs / "stamps", photographs / "photographs", wanted)
+    if photographs is None:
+        photographs = get("scene-photographs", root)
+    with scratch_beside(target) as scratch:
+        written = write_scenes(scratch / "scenes", photographs / "stamps", photographs / "photographs", wanted)
         if target.exists():
             target.rmdir()
         os.replace(written, target)

@@ -94,6 +94,8 @@ class SceneSettings:
             )
         if not 0 < self.visible <= 1:
             raise DataError(f"Expected visible in (0, 1], got {self.visible}.")
+        if self.seed < 0:
+            raise DataError(f"Expected seed >= 0, got {self.seed}.")
 
 
 @dataclass(frozen=True)
