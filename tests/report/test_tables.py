@@ -180,6 +180,14 @@ def test_costs_say_what_their_times_are(folders, tmp_path):
         assert row["above start of training (MB)"] == "300"
 
 
+def test_costs_say_which_parameters_they_count(folders, tmp_path):
+    table = cost_table(read_comparison(folders.comparison(tmp_path / "cmp", seeds=(0,))))
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    counts = [(row["all parameters in training"], row["all parameters at test"]) for row in rows]
+    assert counts == [("391,498", "391,498"), ("416,650", "391,498")]
+    assert any("frozen ones too" in note for note in table.notes)
+
+
 def test_classes_are_sorted_by_training_images_and_matched_by_name(folders, tmp_path):
     folder = folders.comparison(tmp_path / "cmp", seeds=(0,))
     for arm, accuracies in (("plain", (0.5, 0.9)), ("batchformer", (0.75, 0.8))):

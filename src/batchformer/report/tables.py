@@ -122,8 +122,8 @@ _COST_COLUMNS = (
     ("step_ms", "time per step (ms)", "{:.1f}"),
     ("peak_memory_mb", "peak memory (MB)", "{:,.0f}"),
     ("training_memory_mb", "above start of training (MB)", "{:,.0f}"),
-    ("parameters_train", "parameters in training", "{:,.0f}"),
-    ("parameters_test", "parameters at test", "{:,.0f}"),
+    ("parameters_train", "all parameters in training", "{:,.0f}"),
+    ("parameters_test", "all parameters at test", "{:,.0f}"),
     ("test_ms_per_image", "test (ms per image)", "{:.3f}"),
     ("train_seconds", "training (s)", "{:,.0f}"),
 )
@@ -147,6 +147,7 @@ def cost_table(comparison: Comparison) -> Table:
         "Times are wall-clock times of runs one after the other: what else the machine did meanwhile is in them.",
         "Peak memory is that of the whole process, libraries included, on a GPU that of its tensors; above start of "
         "training: without what was there before the first step.",
+        "All parameters are those of the network, frozen ones too; the module's are there in training only.",
     )
     return Table("Cost", ("arm", titles[0], "ratio to plain", *titles[1:]), tuple(rows), notes)
 

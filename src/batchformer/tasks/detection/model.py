@@ -80,7 +80,7 @@ def _make(settings: NetworkSettings, num_classes: int, backbone: dict[str, Any])
     if detector == "smca":
         from .smca import SmcaConfig, SmcaForObjectDetection
 
-        prior = {"prior_scale": settings.prior_scale, "prior_heads": settings.prior_heads}
+        prior: dict[str, Any] = {"prior_scale": settings.prior_scale, "prior_heads": settings.prior_heads}
         return SmcaForObjectDetection(SmcaConfig(**arguments, **prior, num_feature_levels=levels))
     import transformers
 
