@@ -73,7 +73,7 @@ def test_trained_on_squares_it_predicts_on_squares(
         lambda module, args, kwargs: sizes.append(tuple(kwargs["pixel_values"].shape[2:])), with_kwargs=True
     )
     monkeypatch.setattr("batchformer.tasks.detection.predict.load_network", lambda run: restored)
-    predict(where, [tmp_path / "wide.png"], tmp_path / "out")
+    predict(where, [tmp_path / "wide.png"], tmp_path / "out", threshold=0.0)
     assert sizes == [(64, 64) if cached else (32, 64)]
 
 
@@ -84,7 +84,8 @@ def test_the_threshold_and_equal_names(run: Make, folder: Path, tmp_path: Path) 
     first = folder / "val" / "cat.jpg"
     for path in (twice, first):
         Image.new("L", (50, 40), 128).save(path)
-    written = predict(where, [first, twice], tmp_path / "out", threshold=1.0)
+    with pytest.warns(UserWarning, match=r"score of 1 or more in 2 images"):
+        written = predict(where, [first, twice], tmp_path / "out", threshold=1.0)
     assert [path.name for path in written] == ["cat.png", "cat-2.png", "detections.json"]
     assert json.loads(written[-1].read_text(encoding="utf-8")) == []
     with pytest.raises(ValueError, match=r"threshold in 0..1, got 1.5"):
@@ -112,6 +113,7 @@ def test_the_exported_network_is_the_plain_one(detector: str, run: Make) -> None
     logits, boxes = made.forward(*made.inputs)
     assert logits.shape[:2] == (2, 8) and boxes.shape == (2, 8, 4)
     assert made.facts["classes"] == ["kind 3", "kind 7", "kind 90"]
+    assert made.facts["input_side"] == made.inputs[0].shape[-1] == 107, "64 times 1333 / 800: every image fits in"
 
 
 @pytest.mark.slow
@@ -124,7 +126,7 @@ def test_onnx(detector: str, run: Make, tmp_path: Path) -> None:
     where = run(detector)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pixels, mask = torch.randn(3, 3, 64, 64), torch.ones(3, 64, 64, dtype=torch.int64)
+        pixels, mask = torch.randn(3, 3, 107, 107), torch.ones(3, 107, 107, dtype=torch.int64)
     mask[0, 40:], mask[1, :, 48:] = 0, 0
     (where / "config.yaml").write_text("task: detection\n", encoding="utf-8")
     export(where, tmp_path / "out")

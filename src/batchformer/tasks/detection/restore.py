@@ -106,7 +106,8 @@ def exportable(run: Path) -> Exportable:
         FileNotFoundError: When the run has no checkpoint.
     """
     network, facts, settings = load_network(run)
-    side = facts.size
+    # A square that every image fits into, as it is resized for the test.
+    side = max(facts.max_size, facts.pad_to)
     return Exportable(
         network=network,
         forward=_Boxes(network).eval(),
@@ -116,7 +117,9 @@ def exportable(run: Path) -> Exportable:
         facts={
             "network": asdict(settings),
             **asdict(facts),
-            "input": "(image / 255 - mean) / std, 0 at the right and the bottom, where pixel_mask is 0",
+            "input_side": side,
+            "input": "short side size, long side at most max_size pixels; (image / 255 - mean) / std; to a square of "
+            "input_side pixels by 0 at the right and the bottom, where pixel_mask is 0",
             "output": "pred_boxes: center x, center y, width, height as shares of the image without its padding; "
             + ("softmax, the last class is 'no object'" if settings.detector == "detr" else "sigmoid of each class"),
             "mean": list(IMAGENET_MEAN),

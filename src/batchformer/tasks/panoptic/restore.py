@@ -168,7 +168,8 @@ def exportable(run: Path) -> Exportable:
     """
     network, part, facts, settings, postprocess = load_network(run)
     names = ("logits", "pred_boxes", *(("pred_masks",) if part == "masks" else ()))
-    side = facts.size
+    # A square that every image fits into, as it is resized for the test.
+    side = max(facts.max_size, facts.pad_to)
     return Exportable(
         network=network,
         forward=_Outputs(network, names).eval(),
@@ -178,8 +179,10 @@ def exportable(run: Path) -> Exportable:
         facts={
             "network": asdict(settings),
             **asdict(facts),
+            "input_side": side,
             "postprocess": asdict(postprocess),
-            "input": "(image / 255 - mean) / std, padded with 0 right and bottom; pixel_mask is 1 on the image",
+            "input": "short side size, long side at most max_size pixels; (image / 255 - mean) / std; to a square of "
+            "input_side pixels by 0 at the right and the bottom, where pixel_mask is 0",
             "scores": KINDS[settings.detector],
             "output": "logits: softmax with 'no object' last, or a sigmoid for each class (focal); pred_boxes: center "
             "x, center y, width, height as shares of the image without its padding; pred_masks: logits over the padded "

@@ -11,8 +11,8 @@ A task named ``x`` is a folder ``tasks/x`` and a line in ``engine/config.TASKS``
 
 The run folder is ``trainer.default_root_dir``. A task may add files there: ``predictions.json``, and pictures as
 ``pictures/<name>.png``, of which a report shows those with the same name in several arms side by side, behind
-``pictures/given/<name>.png``: what is the same in every arm. They belong to :meth:`on_test_epoch_end` and are written by
-rank 0 alone.
+``pictures/given/<name>.png``: what is the same in every arm. They belong to :meth:`on_test_epoch_end` and are written
+by rank 0 alone.
 
 ``tasks/x/restore.py`` has ``exportable(run: Path) -> Exportable``; ``tasks/x/predict.py`` has
 ``predict(run: Path, images: Sequence[Path], out: Path, *, threshold: float = ...) -> list[Path]`` (the files written).
