@@ -124,6 +124,28 @@ def write_coco() -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture
+def odd_images() -> Callable[[Path], list[str]]:
+    """Write PNG files of 40 x 30 pixels that a plain conversion to RGB gets wrong; return their names.
+
+    ``alpha`` and ``palette`` are transparent on the left half, ``deep`` is grey of 16 bits.
+    """
+
+    def write(folder: Path) -> list[str]:
+        folder.mkdir(parents=True, exist_ok=True)
+        slope = np.linspace(300, 60000, 40 * 30).reshape(30, 40).astype(np.uint16)
+        pixels = np.zeros((30, 40, 4), dtype=np.uint8)
+        pixels[..., 0], pixels[:, 20:, 3] = slope >> 8, 255
+        palette = Image.fromarray((np.arange(40 * 30).reshape(30, 40) % 40 // 20).astype(np.uint8), "P")
+        palette.putpalette([0, 0, 0, 10, 200, 30])
+        palette.save(folder / "palette.png", transparency=0)
+        Image.fromarray(pixels).save(folder / "alpha.png")
+        Image.fromarray(slope).save(folder / "deep.png")
+        return ["alpha.png", "deep.png", "palette.png"]
+
+    return write
+
+
 PANOPTIC_CATEGORIES = [
     {"id": 3, "name": "box", "supercategory": "thing", "isthing": 1, "color": [220, 20, 60]},
     {"id": 17, "name": "plate", "supercategory": "thing", "isthing": 1, "color": [0, 220, 0]},
