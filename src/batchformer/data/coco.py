@@ -223,6 +223,19 @@ def open_split(
     Raises:
         DataNotFoundError: No JSON file or no folder of images; says where it was looked for.
         DataError: For what the table at the top of this file calls an error; all problems of one kind in one message.
+
+    Example:
+        >>> import json, tempfile
+        >>> image = {"id": 5, "file_name": "5.jpg", "height": 8, "width": 9}
+        >>> box = {"id": 1, "image_id": 5, "category_id": 3, "bbox": [1, 2, 4, 4], "area": 16, "iscrowd": 0}
+        >>> cat = {"id": 3, "name": "cat"}
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     content = json.dumps({"images": [image], "annotations": [box], "categories": [cat]})
+        ...     for file, text in {"annotations/instances_train.json": content, "train/5.jpg": ""}.items():
+        ...         (Path(root) / file).parent.mkdir()
+        ...         _ = (Path(root) / file).write_text(text)
+        ...     open_split(root, "train").annotations[0].boxes
+        tensor([[1., 2., 5., 6.]])
     """
     root = Path(root).expanduser()
     source = root / annotations if annotations is not None else find_json(root, split, kind)

@@ -153,6 +153,11 @@ def write_scenes(target: Path, cutouts: Path, photographs: Path, settings: Scene
 
     Raises:
         DataError: A source is missing or unreadable.
+
+    Example:
+        >>> write_scenes(Path("scenes"), Path("nowhere"), Path("nowhere"), SceneSettings(train=10))
+        Traceback (most recent call last):
+        batchformer.data.errors.DataError: Expected cut-out photographs below nowhere, found fewer than two of ...
     """
     found = stamps(cutouts)
     random = np.random.default_rng([settings.seed, 0])

@@ -96,6 +96,16 @@ def with_masks(detector: Any) -> Any:
 
     Source:
         DETR, section 4.4: the mask head is trained on the frozen detector.
+
+    Example:
+        >>> from batchformer.tasks.set_prediction.backbone import BackboneSettings
+        >>> backbone = BackboneSettings("efficientnet_lite0", pretrained=False, strides=[4, 8, 16, 32])
+        >>> small = NetworkSettings("detr", backbone, d_model=32, encoder_layers=1, decoder_layers=1, num_queries=5)
+        >>> network = with_masks(build_detector(small, num_classes=7)).eval()
+        >>> network(torch.zeros(1, 3, 64, 64)).pred_masks.shape
+        torch.Size([1, 5, 16, 16])
+        >>> sorted({name.split(".")[0] for name, p in network.named_parameters() if p.requires_grad})
+        ['bbox_attention', 'mask_head']
     """
     import transformers
 

@@ -13,6 +13,13 @@ def checkpoint_gradients(network: Any) -> None:
 
     Raises:
         ValueError: When this version of transformers has none for it.
+
+    Example:
+        >>> from transformers import ViTConfig, ViTModel
+        >>> network = ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+        >>> checkpoint_gradients(network)
+        >>> any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+        True
     """
     if not network.supports_gradient_checkpointing:
         raise ValueError(

@@ -155,6 +155,13 @@ def pair_costs(logits_LNQK: Tensor, boxes_LNQ4: Tensor, targets: Targets, costs:
     Source:
         Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, section 3.1, equations 1 and 2; the
         focal form is Deformable DETR's.
+
+    Example:
+        >>> box = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
+        >>> targets = pack([{"class_labels": torch.tensor([0]), "boxes": box}], box)
+        >>> logits = torch.tensor([[[[9.0, 0.0], [0.0, 9.0]]]])  # one layer, one row, two queries
+        >>> pair_costs(logits, box.expand(1, 1, 2, 4), targets, MatchCosts(l1=0.0)).round(decimals=2)
+        tensor([[[-3., -2.]]])
     """
     rows_M = targets.rows_M
     labels_M = targets.labels_M.clamp(0, logits_LNQK.shape[-1] - 1)
