@@ -1,9 +1,12 @@
 """A process that has the slow imports done and forks a real `batchformer` process for every line that it reads.
 
+Its arguments are further modules to import.
+
 Each line is JSON: ``argv``, ``output`` (file of stdout and stderr) and ``trap``, where the process kills itself. It
 answers with the process id, and with the exit status once the process has ended.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -26,16 +29,21 @@ def die() -> None:
 
 def at_step(number: str) -> None:
     """In the middle of a training step, counted over the epochs from 0: after the backward pass, in the update."""
-    original = torch.optim.SGD.step
     steps = iter(range(10**9))
 
-    def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
-        loss = original(self, closure)
-        if next(steps) == int(number):
-            die()
-        return loss
+    def patch(kind: Any) -> None:
+        original = kind.step
 
-    torch.optim.SGD.step = step  # type: ignore[method-assign]
+        def step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
+            loss = original(self, closure)
+            if next(steps) == int(number):
+                die()
+            return loss
+
+        kind.step = step
+
+    patch(torch.optim.SGD)
+    patch(torch.optim.AdamW)
 
 
 def in_checkpoint(number: str) -> None:
@@ -109,4 +117,6 @@ def become(order: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     assert run.DONE
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     serve()

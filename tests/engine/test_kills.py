@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ Small = Callable[..., list[str]]
 class Command:
     """`batchformer` processes, forked off one that has the slow imports done."""
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, *imports: str) -> None:
         self.output = scratch / "output.txt"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "BATCHFORMER_DATA": str(scratch / "data")}
         self.server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("prefork.py"))],
+            [sys.executable, str(Path(__file__).with_name("prefork.py")), *imports],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -51,15 +52,29 @@ class Command:
         return self.end()
 
 
-@pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
-    command = Command(tmp_path_factory.mktemp("command"))
+@contextmanager
+def serving(scratch: Path, *imports: str) -> Iterator[Command]:
+    command = Command(scratch, *imports)
     yield command
     with command.server:
         try:
             command.server.communicate(timeout=60)
         except subprocess.TimeoutExpired:  # after a test that failed
             command.server.kill()
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    with serving(tmp_path_factory.mktemp("command")) as command:
+        yield command
+
+
+@pytest.fixture(scope="module")
+def detectors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    """The same for the tasks whose networks are transformers'."""
+    models = [f"transformers.models.{name}.modeling_{name}" for name in ("deformable_detr", "conditional_detr")]
+    with serving(tmp_path_factory.mktemp("detectors"), "batchformer.tasks.panoptic.task", *models) as command:
+        yield command
 
 
 def same_end(one: Path, other: Path) -> None:
@@ -146,6 +161,66 @@ def test_killed_again_and_again_ends_with_the_same_numbers(
     )
     status, said = command.run("fit", str(folder), "--resume")
     assert (status, "is finished already" in said) == (0, True)
+
+
+TINY = [
+    "--data.size=64",
+    "--data.batch_size=4",
+    "--data.eval_batch_size=4",
+    "--data.num_workers=0",
+    "--model.network.backbone.pretrained=false",
+    "--model.network.d_model=32",
+    "--model.network.ffn_dim=32",
+    "--model.network.encoder_layers=2",
+    "--model.network.decoder_layers=2",
+    "--model.network.num_queries=8",
+    "--model.network.dropout=0.1",
+    "--model.optimizer.warmup_epochs=0",
+    "--trainer.max_epochs=3",
+    "--trainer.check_val_every_n_epoch=1",
+]
+
+
+def killed_and_resumed(
+    command: Command, recipe: str, settings: list[str], traps: list[tuple[str, int]], folder: Path
+) -> None:
+    """Killed at each trap, with so many epochs in metrics.csv by then, a run ends as one that was left alone does."""
+    words = ["fit", recipe, *settings, f"--out={folder}"]
+    for trap, epochs in traps:
+        status, said = command.run(*words, "--name=killed", "--resume", trap=trap)
+        assert status == -signal.SIGKILL, (trap, said)
+        table = folder / "killed" / "metrics.csv"
+        assert (len(table.read_text().splitlines()) - 1 if table.exists() else 0) == epochs, trap
+        assert not (folder / "killed" / "done").exists()
+    for more in (["--name=killed", "--resume"], ["--name=whole"]):
+        status, said = command.run(*words, *more)
+        assert status == 0, said
+    same_end(folder / "whole", folder / "killed")
+    assert len(json.loads((folder / "killed" / "environment.json").read_text())["resumed"]) == len(traps)
+
+
+# Detectors have 3 epochs of 2 steps: 8 training images, batches of 4. An epoch's row is written before its checkpoint.
+
+
+@pytest.mark.slow
+def test_a_killed_detector_ends_with_the_same_numbers(
+    detectors: Command, write_coco: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = write_coco(tmp_path / "coco", {"train": 8, "val": 4, "test": 4})
+    settings = [f"--data.root={root}", *TINY, "--model.network.backbone.name=resnet18"]
+    traps = [("at_step:1", 0), ("at_step:3", 1), ("in_checkpoint:0", 2), ("in_file:result.json", 3)]
+    killed_and_resumed(detectors, "detection/folder", settings, traps, tmp_path / "runs")
+
+
+@pytest.mark.slow
+def test_a_mask_head_killed_on_its_detector_ends_with_the_same_numbers(
+    detectors: Command, write_panoptic: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The first epoch is the detector's: what trains the mask head was not there when the first checkpoint was."""
+    root = write_panoptic(tmp_path / "panoptic", count=8)
+    settings = [f"--data.root={root}", *TINY, "--model.stage.name=both", "--model.stage.detector_epochs=1"]
+    traps = [("at_step:3", 1), ("in_checkpoint:0", 2), ("at_step:3", 2), ("in_file:result.json", 3)]
+    killed_and_resumed(detectors, "panoptic/folder", settings, traps, tmp_path / "runs")
 
 
 def wait_for(file: Path, lines: int) -> None:
