@@ -136,7 +136,7 @@ def odd_images() -> Callable[[Path], list[str]]:
         slope = np.linspace(300, 60000, 40 * 30).reshape(30, 40).astype(np.uint16)
         pixels = np.zeros((30, 40, 4), dtype=np.uint8)
         pixels[..., 0], pixels[:, 20:, 3] = slope >> 8, 255
-        palette = Image.fromarray((np.arange(40 * 30).reshape(30, 40) % 40 // 20).astype(np.uint8), "P")
+        palette = Image.fromarray((np.arange(40 * 30).reshape(30, 40) % 40 // 20).astype(np.uint8))
         palette.putpalette([0, 0, 0, 10, 200, 30])
         palette.save(folder / "palette.png", transparency=0)
         Image.fromarray(pixels).save(folder / "alpha.png")
