@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from batchformer import BatchFormer, insert
 from batchformer.adapters.detr_checkpoints import convert_checkpoint, load_published, published_kind
+from batchformer.engine.convert import convert
 
 transformers = pytest.importorskip("transformers")
 
@@ -350,7 +352,10 @@ def test_batchformer_in_one_of_both_alone(detector: Build) -> None:
     report = convert_checkpoint({"model": published, "args": {"insert_idx": [0]}}, plain)
     assert report.complete and (report.batchformer, report.inserted_at) == ("left out", (0,))
     assert str(report).splitlines()[0].endswith("BatchFormer: left out (behind encoder layers 0)")
-    assert "set model.config.auxiliary_loss = False" in str(report)
+    ways = "set model.config.auxiliary_loss = False, or keep it and call batchformer.tasks.set_prediction.decoder_norm"
+    assert f"{ways}.normalize_copies(model)." in str(report)
+    panoptic = convert_checkpoint(official("segmentation"), detector("segmentation"))
+    assert f"{ways}.normalize_copies(model.detr)." in str(panoptic)
     plain.config.auxiliary_loss = False
     assert convert_checkpoint(published, plain).note == ""
     insert(plain, after="model.encoder.layers.0")
@@ -423,6 +428,24 @@ def test_a_detectors_checkpoint_in_a_panoptic_model(detector: Build, tmp_path: P
     assert {name.partition(".")[0] for name in report.missing} == {"mask_head", "bbox_attention"}
     panoptic = convert_checkpoint(official("segmentation"), detector("detr"))
     assert {name.partition(".")[0] for name in panoptic.unexpected} == {"mask_head", "bbox_attention"}
+
+
+def test_a_folder_of_a_panoptic_checkpoint(scenes: Build, tmp_path: Path) -> None:
+    """Its README, word by word, for the loss of all layers: the predictions stay those without it."""
+    torch.save({"model": official("segmentation"), "args": argparse.Namespace(nheads=8)}, tmp_path / "panoptic.pth")
+    convert(tmp_path / "panoptic.pth", tmp_path / "out")
+    code = re.findall("^    .*", (tmp_path / "out" / "README.md").read_text(), flags=re.MULTILINE)
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent("\n".join(code[:2])), names)
+    model, batch = names["model"].eval(), scenes(2, kind="segmentation")
+    assert type(model).__name__ == "DetrForSegmentation" and model.config.auxiliary_loss is False
+    images = {name: batch[name].float() for name in ("pixel_values", "pixel_mask")}
+    before = model.float()(**images)
+    exec(textwrap.dedent("\n".join(code[2:])), names)
+    assert model.config.auxiliary_loss is True
+    after = model(**images)
+    for name in ("logits", "pred_boxes", "pred_masks"):
+        torch.testing.assert_close(after[name], before[name])
 
 
 def test_other_checkpoints_are_refused(detector: Build) -> None:

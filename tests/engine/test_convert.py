@@ -135,3 +135,38 @@ def test_what_cannot_be_converted_is_said(tmp_path: Path, capsys: pytest.Capture
         assert expected in capsys.readouterr().err
         assert not (tmp_path / name).exists()
     assert cli.main(["convert", str(tmp_path / "nothing.pth"), f"--out={tmp_path / 'out'}"]) == 2
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [lambda whole: b"hello", lambda whole: b"", lambda whole: whole[: len(whole) // 2]],
+    ids=["text", "empty", "cut"],
+)
+def test_a_damaged_file_is_said_to_be_one(cut: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "damaged.pth"
+    torch.save({"model": {"transformer.level_embed": torch.zeros(4, C)}}, path)
+    path.write_bytes(cut(path.read_bytes()))
+    assert cli.main(["convert", str(path), f"--out={tmp_path / 'out'}"]) == 2
+    said = capsys.readouterr().err
+    assert f"Expected a whole file of torch.save(), but '{path}' cannot be read" in said
+    assert "Traceback" not in said and not (tmp_path / "out").exists()
+
+
+def test_nothing_of_an_earlier_run_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """BatchFormer's weights of another checkpoint would be loaded with this one's; a file of the user's stays."""
+    official = detr(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+    plain, out = content(official), tmp_path / "out"
+    official.transformer.bf = nn.TransformerEncoderLayer(C, 4, C, 0.5)
+    for name, holds in (("with", content(official)), ("plain", plain)):
+        torch.save(holds, tmp_path / f"{name}.pth")
+        assert cli.main(["convert", str(tmp_path / f"{name}.pth"), f"--out={out}"]) == 0
+        said = capsys.readouterr().out
+        assert (out / "batchformer.safetensors").exists() == ("batchformer.safetensors" in said) == (name == "with")
+        (out / "notes.txt").touch()
+    assert "notes.txt" not in said and "insert(" not in (out / "README.md").read_text()
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "notes.txt",
+    ]

@@ -14,8 +14,9 @@
   once more under ``transformer.encoder.bf.<i>``, when each encoder layer has its own; ``--bt_num_layers`` puts
   ``layers.<n>`` between. Where it was inserted is in the ``args`` of the file, not in the names.
 - With ``auxiliary_loss=True`` in the configuration, transformers' DETR and Conditional DETR normalise the state between
-  the layers of the decoder, which the official networks do not: set it to ``False`` to evaluate published weights. The
-  report says so.
+  the layers of the decoder, which the official networks do not: set it to ``False``, or, to train with the loss of all
+  layers, call ``batchformer.tasks.set_prediction.decoder_norm.normalize_copies(model)``; ``model.detr`` is what it
+  takes of ``DetrForSegmentation``. The report says so.
 - Panoptic checkpoints have ``detr.`` in front of the detector. One of a detector also loads into the detector inside
   ``DetrForSegmentation`` (second stage of training), with ``strict=False``: the mask head is missing.
 """
@@ -47,7 +48,8 @@ _ENCODER_NORMS = {"norm1": "self_attn_layer_norm", "norm2": "final_layer_norm"}
 _DECODER_NORMS = {"norm1": "self_attn_layer_norm", "norm2": "encoder_attn_layer_norm", "norm3": "final_layer_norm"}
 _DEFORMABLE_NORMS = {"norm1": "encoder_attn_layer_norm", "norm2": "self_attn_layer_norm", "norm3": "final_layer_norm"}
 _NOTE = (
-    "With auxiliary_loss=True this is another decoder than the published one: set model.config.auxiliary_loss = False."
+    "With auxiliary_loss=True this is another decoder than the published one: set model.config.auxiliary_loss = False, "
+    "or keep it and call batchformer.tasks.set_prediction.decoder_norm.normalize_copies({})."
 )
 _COUNTER = "num_batches_tracked"  # of batch norms that are constants in both
 _LAYER = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d+)\.(\w+)\.(.+)")
@@ -121,13 +123,15 @@ class Report:
         return "\n".join(lines + [self.note] * bool(self.note))
 
 
-def load_published(model: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> Report:
+def load_published(
+    model: nn.Module, path: str | os.PathLike[str] | Mapping[str, Any], *, strict: bool = True
+) -> Report:
     """Load a checkpoint of the official code into a model of transformers, in place.
 
     Args:
         model: ``DetrForObjectDetection``, ``DetrForSegmentation``, ``ConditionalDetrForObjectDetection`` or
             ``DeformableDetrForObjectDetection``, with or without BatchFormer.
-        path: A ``.pth`` file, read as weights alone.
+        path: A ``.pth`` file, read as weights alone, or what it holds.
         strict: Whether to raise, and load nothing, when the checkpoint is not complete for the model.
 
     Returns:
@@ -136,6 +140,13 @@ def load_published(model: nn.Module, path: str | os.PathLike[str], *, strict: bo
     Raises:
         ValueError: See ``strict`` and :func:`convert_checkpoint`.
         FileNotFoundError: When there is no such file.
+
+    Example:
+        >>> published = {"transformer.level_embed": torch.zeros(4, 8)}
+        >>> print(load_published(nn.Linear(2, 2), published, strict=False))
+        deformable_detr: 0 tensors; BatchFormer: none
+        missing: weight, bias
+        unexpected: transformer.level_embed
     """
     report = convert_checkpoint(path, model)
     if strict and not report.complete:
@@ -156,7 +167,8 @@ def convert_checkpoint(checkpoint: str | os.PathLike[str] | Mapping[str, Any], m
         model: See :func:`load_published`.
 
     Raises:
-        ValueError: When it is of none of the three detectors, or when the file holds more than tensors and settings.
+        ValueError: When it is of none of the three detectors, or when the file is damaged or holds more than tensors
+            and settings.
         FileNotFoundError: When there is no such file.
 
     Example:
@@ -176,7 +188,7 @@ def convert_checkpoint(checkpoint: str | os.PathLike[str] | Mapping[str, Any], m
     shapes = {name: (tuple(value.shape), tuple(own[name].shape)) for name, value in found.items()}
     mismatched = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
     fresh = () if groups else tuple(f"{name}." for name in modules)
-    auxiliary = getattr(getattr(model, "config", None), "auxiliary_loss", False)
+    differs = kind != "deformable_detr" and getattr(getattr(model, "config", None), "auxiliary_loss", False)
     status: Status = "none"
     if groups:
         status = "loaded" if modules else "left out"
@@ -190,7 +202,7 @@ def convert_checkpoint(checkpoint: str | os.PathLike[str] | Mapping[str, Any], m
         mismatched=mismatched,
         batchformer=status,
         inserted_at=_inserted_at(content, groups),
-        note=_NOTE if kind != "deformable_detr" and auxiliary else "",
+        note=_NOTE.format("model.detr" if hasattr(model, "detr") else "model") if differs else "",
     )
 
 
@@ -218,7 +230,7 @@ def read_published(path: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[
     """What a ``.pth`` file of the official code holds, loaded weights-only; a mapping is returned as it is.
 
     Raises:
-        ValueError: When the file is no checkpoint, or holds Python objects.
+        ValueError: When the file is no checkpoint, is damaged, or holds Python objects.
         FileNotFoundError: When there is no such file.
     """
     if isinstance(path, Mapping):
@@ -232,6 +244,14 @@ def read_published(path: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[
             f"Expected a checkpoint of tensors and settings, but {os.fspath(path)!r} is none, or holds Python objects, "
             "which could run any code when loaded. Save its state dict alone where you trust it: "
             "torch.save({'model': content['model']}, ...)."
+        ) from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # what torch raises depends on where the bytes stop making sense
+        raise ValueError(
+            f"Expected a whole file of torch.save(), but {os.fspath(path)!r} cannot be read "
+            f"({type(error).__name__}: {error}). It may be damaged or cut off: compare its size with the source's, or "
+            "download it again."
         ) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"Expected a state dict in {os.fspath(path)!r}, got {type(content).__name__}.")

@@ -48,6 +48,12 @@ def build_published(path: str | os.PathLike[str] | Mapping[str, Any]) -> Publish
         ValueError: When the checkpoint is of another detector, or not complete.
         FileNotFoundError: When there is no such file.
         ImportError: When transformers is missing.
+
+    Example:
+        >>> import torch
+        >>> build_published({"transformer.level_embed": torch.zeros(4, 8)})  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: Expected a whole deformable_detr with a ResNet in the checkpoint, got none with 'transformer...'...
     """
     import transformers
 

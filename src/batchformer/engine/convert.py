@@ -13,6 +13,16 @@ HOW = """Detector:
     from transformers import {model}
     model = {model}.from_pretrained("{folder}")
 """
+# transformers' own loss of all layers changes the network, see `normalize_copies`.
+HOW_ALL_LAYERS = """
+Going on with the loss of all decoder layers: as it is, the last layer's outputs alone are in the loss. transformers
+would then normalise between the layers, which the published network does not; `normalize_copies` keeps it from that.
+It is not saved with the model: set `auxiliary_loss` to False again before `save_pretrained`.
+
+    from batchformer.tasks.set_prediction.decoder_norm import normalize_copies
+    model.config.auxiliary_loss = True
+    normalize_copies({detector})
+"""
 HOW_BATCHFORMER = """
 BatchFormer, to go on training with it:
 
@@ -29,10 +39,11 @@ def convert(checkpoint: Path, out: Path) -> tuple[str, list[Path]]:
     Args:
         checkpoint: A ``.pth`` file; read as weights alone.
         out: Folder; gets ``config.json`` and ``model.safetensors`` of the plain network, ``batchformer.safetensors``
-            where the checkpoint has it, and ``README.md``, which says how to load them.
+            where the checkpoint has it, and ``README.md``, which says how to load them and to go on training. What an
+            earlier run left under these names goes; other files stay.
 
     Returns:
-        What was found in the checkpoint, and the files.
+        What was found in the checkpoint, and the files that were written.
 
     Raises:
         ValueError: When it is none of these, or not complete.
@@ -47,13 +58,19 @@ def convert(checkpoint: Path, out: Path) -> tuple[str, list[Path]]:
         raise ImportError(f"{error.name} is missing: pip install 'batchformer[detection,export]'") from error
     model, report = published.model, published.report
     how = HOW.format(model=type(model).__name__, folder=out)
+    if report.kind != "deformable_detr":
+        how += HOW_ALL_LAYERS.format(detector="model.detr" if hasattr(model, "detr") else "model")
     out.mkdir(parents=True, exist_ok=True)
+    written = [out / name for name in ("README.md", "config.json", "model.safetensors")]
+    # An earlier one would be taken for this checkpoint's.
+    (out / "batchformer.safetensors").unlink(missing_ok=True)
     model.save_pretrained(out)  # type: ignore[operator]
     if published.insertion is not None:
         insert(model, **published.insertion)
         report = load_published(model, checkpoint)
         state = {name: value for name, value in model.state_dict().items() if name.startswith("batchformer")}
-        save_file(state, out / "batchformer.safetensors")
+        written.append(out / "batchformer.safetensors")
+        save_file(state, written[-1])
         how += HOW_BATCHFORMER.format(insertion=published.insertion, folder=out)
     write_text(out / "README.md", how)
-    return str(report), sorted(path for path in out.iterdir() if path.is_file())
+    return str(report), sorted(written)
