@@ -381,6 +381,23 @@ def test_without_labels_and_with_tuples(detector: Build, scenes: Build, kind: st
     assert model(images["pixel_values"]).keys() == out.keys()  # no mask: nothing is padding
 
 
+@pytest.mark.parametrize("kind", ["detr", "mask2former"])
+def test_labels_doubled_before_are_refused(detector: Build, scenes: Build, kind: str) -> None:
+    model, batch = detector(kind), scenes(2, kind=kind)
+    handle = insert(model, after=layers_of(model)[0], drop=0.0)
+    name = "class_labels" if kind == "mask2former" else "labels"
+    lists = {key: handle.expand(value) for key, value in batch.items() if isinstance(value, list)}
+    with pytest.raises(ValueError, match=f"{name} with one entry for each of the 2 samples, got 4.*doubled here"):
+        model(**{**batch, name: lists[name]})
+    with pytest.raises(ValueError, match="each of the 2 samples, got 1"):
+        model(batch["pixel_values"], **{**{key: batch[key] for key in lists}, name: batch[name][:1]})
+    out = model(**batch)
+    assert out.loss.isfinite() and len(next(iter(predictions(out).values()))) == 4
+    # Without doubling there is nothing to count.
+    model.eval()
+    assert model(**batch).loss.isfinite()
+
+
 def test_single_stream(detector: Build, scenes: Build) -> None:
     model, batch = detector("deformable"), scenes(3)
     place = layers_of(model)[0]

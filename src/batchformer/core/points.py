@@ -123,7 +123,25 @@ class Companions:
 
     def double(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """Forward pre-hook: doubles the named inputs, however they come."""
-        return _change(_twice, self.names, self.inputs, args, named) if self.doubles() else None
+        if not self.doubles():
+            return None
+        self._check_lists({**dict(zip(self.inputs, args, strict=False)), **named})
+        return _change(_twice, self.names, self.inputs, args, named)
+
+    def _check_lists(self, given: Mapping[str, Any]) -> None:
+        """Labels that were doubled before would be so twice, and fail far inside the model's loss.
+
+        Raises:
+            ValueError: When a list has more or fewer entries than the tensors beside it have rows.
+        """
+        values = {name: given[name] for name in self.names if name in given}
+        rows = next((x.shape[0] for x in values.values() if isinstance(x, Tensor) and x.dim() > 0), None)
+        for name, value in values.items():
+            if isinstance(value, list) and rows is not None and len(value) != rows:
+                raise ValueError(
+                    f"Expected {name} with one entry for each of the {rows} samples, got {len(value)}. Give those of "
+                    "the batch as they are: they are doubled here, together with it."
+                )
 
 
 class Shared:
