@@ -61,6 +61,8 @@ def test_every_layer_is_what_a_shorter_decoder_would_say(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["detr", "conditional_detr"])
 def test_gradients_with_and_without_checkpointing(kind: str) -> None:
+    if not detectors(kind)[0].supports_gradient_checkpointing:
+        pytest.skip("this version of transformers has none for it")
     images = torch.randn(2, 3, 64, 64)
     gradients = []
     for checkpointing in (False, True):
