@@ -185,6 +185,23 @@ def test_wrong_types_are_listed_together_with_their_places(write: Write) -> None
     ]
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"iscrowd": 7}, "iscrowd is 7, not 0 or 1"),
+        ({"iscrowd": -1}, "iscrowd is -1, not 0 or 1"),
+        ({"id": 10**20}, "id is 100000000000000000000, not a whole number"),
+        ({"bbox": ["1", "2", "4", "4"]}, "four finite numbers"),
+        ({"bbox": [0, 0, 10**400, 5]}, "four finite numbers"),
+        ({"bbox": [0, 0, True, 5]}, "four finite numbers"),
+    ],
+)
+def test_numbers_that_are_none_in_coco(change: dict[str, Any], words: str, write: Write) -> None:
+    with pytest.raises(DataError) as caught:
+        open_split(write([{**box(1, 5, [0, 0, 9, 9]), **change}]), "train")
+    assert words in str(caught.value)
+
+
 def test_what_exporters_write_is_read(write: Write) -> None:
     """Whole numbers as floats, as pandas writes them; no id, no area, null where nothing is known."""
     plain = {"image_id": 5.0, "category_id": 3.0, "bbox": [0, 0, 4, 5], "area": None, "iscrowd": None}

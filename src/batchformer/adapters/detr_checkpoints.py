@@ -15,8 +15,7 @@
   ``layers.<n>`` between. Where it was inserted is in the ``args`` of the file, not in the names.
 - With ``auxiliary_loss=True`` in the configuration, transformers' DETR and Conditional DETR normalise the state between
   the layers of the decoder, which the official networks do not: set it to ``False``, or, to train with the loss of all
-  layers, call ``batchformer.tasks.set_prediction.decoder_norm.normalize_copies(model)``; ``model.detr`` is what it
-  takes of ``DetrForSegmentation``. The report says so.
+  layers, call ``batchformer.tasks.set_prediction.decoder_norm.normalize_copies(model)``. The report says so.
 - Panoptic checkpoints have ``detr.`` in front of the detector. One of a detector also loads into the detector inside
   ``DetrForSegmentation`` (second stage of training), with ``strict=False``: the mask head is missing.
 """
@@ -49,7 +48,7 @@ _DECODER_NORMS = {"norm1": "self_attn_layer_norm", "norm2": "encoder_attn_layer_
 _DEFORMABLE_NORMS = {"norm1": "encoder_attn_layer_norm", "norm2": "self_attn_layer_norm", "norm3": "final_layer_norm"}
 _NOTE = (
     "With auxiliary_loss=True this is another decoder than the published one: set model.config.auxiliary_loss = False, "
-    "or keep it and call batchformer.tasks.set_prediction.decoder_norm.normalize_copies({})."
+    "or keep it and call batchformer.tasks.set_prediction.decoder_norm.normalize_copies(model)."
 )
 _COUNTER = "num_batches_tracked"  # of batch norms that are constants in both
 _LAYER = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d+)\.(\w+)\.(.+)")
@@ -202,7 +201,7 @@ def convert_checkpoint(checkpoint: str | os.PathLike[str] | Mapping[str, Any], m
         mismatched=mismatched,
         batchformer=status,
         inserted_at=_inserted_at(content, groups),
-        note=_NOTE.format("model.detr" if hasattr(model, "detr") else "model") if differs else "",
+        note=_NOTE if differs else "",
     )
 
 

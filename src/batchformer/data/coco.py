@@ -369,9 +369,11 @@ def _boxes(
 def _finite_box(box: Any) -> tuple[float, float, float, float] | None:
     if not isinstance(box, list) or len(box) != 4:
         return None
+    if not {int, float}.issuperset(map(type, box)):
+        return None
     try:
-        x, y, w, h = (float(value) for value in box)
-    except (TypeError, ValueError):
+        x, y, w, h = map(float, box)
+    except OverflowError:
         return None
     return (x, y, w, h) if all(map(math.isfinite, (x, y, w, h))) else None
 

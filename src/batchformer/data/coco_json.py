@@ -34,7 +34,8 @@ class _Rule(NamedTuple):
 
 def _whole(value: Any) -> bool:
     # 7.0 is what pandas makes of 7 beside a missing number. ``isinstance`` would take ``true`` for an int.
-    return type(value) is int or (type(value) is float and value.is_integer())
+    # Ids become 64-bit tensors.
+    return type(value) in (int, float) and value == value // 1 and abs(value) < 2**63
 
 
 def _side(value: Any) -> bool:
@@ -46,7 +47,7 @@ def _area(value: Any) -> bool:
 
 
 def _flag(value: Any) -> bool:
-    return type(value) is float and value in (0, 1)
+    return type(value) in (int, float) and value in (0, 1)
 
 
 def _anything(value: Any) -> bool:
@@ -58,7 +59,7 @@ def _nothing(value: Any) -> bool:
 
 
 def _id(key: str, default: Any = ...) -> _Rule:
-    return _Rule(key, "a whole number", _whole, frozenset({int}), default)
+    return _Rule(key, "a whole number", _whole, default=default)
 
 
 _FILE_NAME = _Rule("file_name", "a string", _nothing, frozenset({str}))
@@ -66,7 +67,7 @@ _OF_BOXES = (
     _id("category_id"),
     _Rule("bbox", "a list", _anything),  # its four numbers are looked at when the boxes are made
     _Rule("area", "a finite number of at least 0", _area, default=None),
-    _Rule("iscrowd", "0 or 1", _flag, frozenset({int, bool, type(None)}), 0),
+    _Rule("iscrowd", "0 or 1", _flag, frozenset({bool, type(None)}), 0),
 )
 _RULES: dict[str, tuple[_Rule, ...]] = {
     "images": (
@@ -78,7 +79,7 @@ _RULES: dict[str, tuple[_Rule, ...]] = {
     "categories": (
         _id("id"),
         _Rule("name", "a string", _nothing, frozenset({str, int, float})),
-        _Rule("isthing", "0 or 1", _flag, frozenset({int, bool}), 1),
+        _Rule("isthing", "0 or 1", _flag, frozenset({bool}), 1),
     ),
     "instances": (_id("id", 0), _id("image_id"), *_OF_BOXES),
     "panoptic": (_id("image_id"), _FILE_NAME, _Rule("segments_info", "a list", _nothing, frozenset({list}))),

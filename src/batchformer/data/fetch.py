@@ -202,7 +202,7 @@ def make(target: Path, photographs: Path | None = None, *, root: str | Path | No
     """
     from .scenes import SceneSettings, write_scenes
 
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
         what = "has files" if target.is_dir() else "is a file"
         raise DataError(f"Expected a new folder for the scenes, but {target} {what}. Delete it, or name another.")
     wanted = SceneSettings(**settings)

@@ -21,7 +21,7 @@ It is not saved with the model: set `auxiliary_loss` to False again before `save
 
     from batchformer.tasks.set_prediction.decoder_norm import normalize_copies
     model.config.auxiliary_loss = True
-    normalize_copies({detector})
+    normalize_copies(model)
 """
 HOW_BATCHFORMER = """
 BatchFormer, to go on training with it:
@@ -59,7 +59,7 @@ def convert(checkpoint: Path, out: Path) -> tuple[str, list[Path]]:
     model, report = published.model, published.report
     how = HOW.format(model=type(model).__name__, folder=out)
     if report.kind != "deformable_detr":
-        how += HOW_ALL_LAYERS.format(detector="model.detr" if hasattr(model, "detr") else "model")
+        how += HOW_ALL_LAYERS
     out.mkdir(parents=True, exist_ok=True)
     written = [out / name for name in ("README.md", "config.json", "model.safetensors")]
     # An earlier one would be taken for this checkpoint's.

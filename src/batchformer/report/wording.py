@@ -98,7 +98,7 @@ _METRIC_LABELS = {
 
 
 def label(metric: str) -> str:
-    """How a metric is called in tables and plots.
+    """How a metric is called in tables, plots and sentences.
 
     Example:
         >>> label("top1"), label("val_macro_f1"), label("train_loss"), label("unseen_APS"), label("PQ_things")

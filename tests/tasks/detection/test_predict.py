@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 from batchformer.tasks.detection.metrics import detections
 from batchformer.tasks.detection.predict import draw, predict
 from batchformer.tasks.detection.restore import exportable, load_network
+from batchformer.tasks.detection.settings import NetworkSettings
 from batchformer.tasks.detection.task import DetectionTask
 
 Make = Callable[..., Any]
@@ -136,3 +137,16 @@ def test_onnx(detector: str, run: Make, tmp_path: Path) -> None:
         wanted = load_network(where).network(pixel_values=pixels, pixel_mask=mask)
     np.testing.assert_allclose(found[0], wanted.logits.numpy(), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(found[1], wanted.pred_boxes.numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_of_an_earlier_version_is_not_read(run: Make) -> None:
+    where = run()
+    path = where / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["detection"]["data"]["pad_to"]
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=r"of this version of batchformer.*train it again"):
+        load_network(where)
+    task = DetectionTask(NetworkSettings())
+    with pytest.raises(ValueError, match=r"of this version of batchformer.*train it again"):
+        task.on_load_checkpoint(checkpoint)

@@ -48,6 +48,21 @@ class DataFacts:
             int(data.pad_to),
         )
 
+    @classmethod
+    def read(cls, stored: dict[str, Any]) -> "DataFacts":
+        """From a checkpoint.
+
+        Raises:
+            ValueError: When it is of an earlier state of this library, whose networks were others.
+        """
+        try:
+            return cls(**stored)
+        except TypeError:
+            raise ValueError(
+                "Expected a run of this version of batchformer, got one of an earlier version, whose network computed "
+                "something else. Use that version for it, or train it again."
+            ) from None
+
 
 class Restored(NamedTuple):
     """What a run left behind: the plain detector, in ``eval()``, and what it was built from."""
@@ -78,7 +93,7 @@ def load_network(run: str | Path) -> Restored:
     stored = checkpoint["detection"]
     backbone = BackboneSettings(**{**stored["network"]["backbone"], "pretrained": False})
     settings = NetworkSettings(**{**stored["network"], "backbone": backbone})
-    facts = DataFacts(**stored["data"])
+    facts = DataFacts.read(stored["data"])
     with torch.random.fork_rng():
         network = build_detector(settings, len(facts.classes))
     prefix = "network."
@@ -107,7 +122,7 @@ def exportable(run: Path) -> Exportable:
     """
     network, facts, settings = load_network(run)
     # A square that every image fits into, as it is resized for the test.
-    side = max(facts.max_size, facts.pad_to)
+    side = facts.max_size
     return Exportable(
         network=network,
         forward=_Boxes(network).eval(),

@@ -200,7 +200,8 @@ class DetectionTask(LightningModule):
         Raises:
             ValueError: When classes or counts differ from those that the run was started with.
         """
-        before, now = checkpoint["detection"]["data"], asdict(cast(DataFacts, self.facts))
+        before = asdict(DataFacts.read(checkpoint["detection"]["data"]))
+        now = asdict(cast(DataFacts, self.facts))
         for key, what in (("classes", "classes"), ("counts", "training boxes of each class")):
             if before[key] != now[key]:
                 raise ValueError(

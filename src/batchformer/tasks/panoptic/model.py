@@ -113,7 +113,7 @@ def with_masks(detector: Any) -> Any:
         if isinstance(module, Backbone):
             module.trains = "nothing"
     name = type(detector).__name__.removesuffix("ForObjectDetection")
-    # A configuration of its own: the detector keeps the one that it was built with.
+    # A configuration of its own: the caller's detector can still be trained with the loss of all layers.
     network = getattr(transformers, f"{name}ForSegmentation")(copy.deepcopy(detector.config))
     setattr(network, detector_inside(network), detector.requires_grad_(False))
     if name == "ConditionalDetr":

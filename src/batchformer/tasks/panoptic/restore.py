@@ -54,6 +54,21 @@ class DataFacts:
             int(data.pad_to),
         )
 
+    @classmethod
+    def read(cls, stored: dict[str, Any]) -> "DataFacts":
+        """From a checkpoint.
+
+        Raises:
+            ValueError: When it is of an earlier state of this library, whose networks were others.
+        """
+        try:
+            return cls(**stored)
+        except TypeError:
+            raise ValueError(
+                "Expected a run of this version of batchformer, got one of an earlier version, whose network computed "
+                "something else. Use that version for it, or train it again."
+            ) from None
+
 
 class Stored(NamedTuple):
     """What a checkpoint of a panoptic run holds.
@@ -108,7 +123,7 @@ def read_checkpoint(run: str | Path) -> Stored:
         stored["part"],
         settings,
         PostprocessSettings(**stored["postprocess"]),
-        DataFacts(**stored["data"]),
+        DataFacts.read(stored["data"]),
         parts["detector"],
         parts["masks"],
         parts["batchformer"],
@@ -169,7 +184,7 @@ def exportable(run: Path) -> Exportable:
     network, part, facts, settings, postprocess = load_network(run)
     names = ("logits", "pred_boxes", *(("pred_masks",) if part == "masks" else ()))
     # A square that every image fits into, as it is resized for the test.
-    side = max(facts.max_size, facts.pad_to)
+    side = facts.max_size
     return Exportable(
         network=network,
         forward=_Outputs(network, names).eval(),

@@ -319,9 +319,10 @@ class PanopticTask(LightningModule):
         Raises:
             ValueError: When classes or counts differ from those that the run was started with.
         """
-        stored, now = checkpoint["panoptic"], asdict(cast(DataFacts, self.facts))
+        stored = checkpoint["panoptic"]
+        before, now = asdict(DataFacts.read(stored["data"])), asdict(cast(DataFacts, self.facts))
         for key, what in (("classes", "classes"), ("counts", "training segments of each class")):
-            if stored["data"][key] != now[key]:
+            if before[key] != now[key]:
                 raise ValueError(
                     f"Expected the data that this run was trained on, but the {what} have changed. Bring it back, or "
                     "start another run."

@@ -14,13 +14,19 @@ __all__ = ["normalize_copies"]
 
 
 def normalize_copies(detector: Any) -> None:
-    """Let a detector of transformers with ``auxiliary_loss=True`` compute what it computes without, for good.
+    """Let a detector of transformers with ``auxiliary_loss=True`` compute what it computes without.
 
-    Its predictions, in training and in evaluation, then equal those of the same weights with ``auxiliary_loss=False``,
+    What it returns, in training and in evaluation, then equals that of the same weights with ``auxiliary_loss=False``,
     and the auxiliary outputs are the published ones. Models other than DETR and Conditional DETR are left alone.
 
+    Hooks do it, and no file holds hooks: save the model with ``config.auxiliary_loss = False``, or call this again
+    after loading it.
+
     Args:
-        detector: ``DetrForObjectDetection`` or ``ConditionalDetrForObjectDetection``, changed in place by hooks.
+        detector: DETR or Conditional DETR for object detection or segmentation, changed in place.
+
+    Raises:
+        ValueError: From the model, when it is called with ``return_dict=False``.
 
     Source:
         DETR, section 3.2, auxiliary decoding losses: a shared norm before the heads of every layer.
@@ -39,8 +45,10 @@ def normalize_copies(detector: Any) -> None:
         >>> torch.allclose(logits, plain(torch.ones(1, 3, 32, 32)).logits, atol=1e-6)
         True
     """
-    if detector.config.model_type in ("detr", "conditional_detr"):
-        _Copies(detector.model.decoder)
+    kind = detector.config.model_type
+    if kind in ("detr", "conditional_detr"):
+        inside = getattr(detector, kind, detector)  # of one for segmentation
+        _Copies(inside.get_submodule("model.decoder"))
 
 
 class _Copies:
@@ -60,6 +68,11 @@ class _Copies:
 
     def end(self, decoder: Any, args: Any, output: Any) -> None:
         passed_over, self.passed_over = self.passed_over, False
-        if passed_over:
-            output.intermediate_hidden_states = decoder.layernorm(output.intermediate_hidden_states)
-            output.last_hidden_state = output.intermediate_hidden_states[-1]
+        if not passed_over:
+            return
+        if isinstance(output, tuple):
+            raise ValueError("Expected return_dict=True, with which the decoder says what each of its outputs is.")
+        output.intermediate_hidden_states = decoder.layernorm(output.intermediate_hidden_states)
+        output.last_hidden_state = output.intermediate_hidden_states[-1]
+        if output.hidden_states is not None:
+            output.hidden_states = (*output.hidden_states[:-1], output.last_hidden_state)
