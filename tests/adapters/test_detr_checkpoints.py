@@ -355,7 +355,7 @@ def test_batchformer_in_one_of_both_alone(detector: Build) -> None:
     ways = "set model.config.auxiliary_loss = False, or keep it and call batchformer.tasks.set_prediction.decoder_norm"
     assert f"{ways}.normalize_copies(model)." in str(report)
     panoptic = convert_checkpoint(official("segmentation"), detector("segmentation"))
-    assert f"{ways}.normalize_copies(model.detr)." in str(panoptic)
+    assert f"{ways}.normalize_copies(model)." in str(panoptic)
     plain.config.auxiliary_loss = False
     assert convert_checkpoint(published, plain).note == ""
     insert(plain, after="model.encoder.layers.0")
