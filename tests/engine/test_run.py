@@ -333,30 +333,6 @@ def test_killed_at_any_moment_and_resumed_ends_with_the_same_numbers(
     same_end(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_ctrl_c_that_python_drops_stops_the_run_all_the_same(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Pressed:
-        def __del__(self) -> None:
-            signal.raise_signal(signal.SIGINT)  # Python ignores what is raised in here
-
-    original = records.History.on_train_epoch_end
-
-    def press(self: records.History, *args: Any) -> None:
-        original(self, *args)
-        Pressed()
-
-    with monkeypatch.context() as patched:
-        patched.setattr(records.History, "on_train_epoch_end", press)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "run")
-    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 2, "the header and one epoch"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    run(tmp_path / "run", resume=True)
-    assert (tmp_path / "run" / "done").exists()
-
-
 @pytest.mark.timeout(200)
 def test_ctrl_c_says_how_to_go_on(small: Callable[..., list[str]], tmp_path: Path) -> None:
     process = started(small, tmp_path, "run", epochs=4000)

@@ -22,7 +22,6 @@ from batchformer.core import BatchFormer
 from batchformer.tasks.training.contract import TaskModule
 
 from .config import ConfigError, differences, dump, parse
-from .interruption import Interruption
 from .lock import alone_in
 from .records import Cost, History, WholeCheckpoints, environment, peak_memory_mb, write_json, write_text
 
@@ -61,7 +60,7 @@ def fit(
     if first_rank() and not resume:
         _refuse_another_run(folder)
     quiet()
-    history, cost, interruption = History(folder / "metrics.csv"), Cost(), Interruption()
+    history, cost = History(folder / "metrics.csv"), Cost()
     keeper = ModelCheckpoint(
         _checkpoint(folder).parent,
         filename="last",
@@ -69,7 +68,7 @@ def fit(
         enable_version_counter=False,
         save_on_train_epoch_end=True,
     )
-    cli = parse(recipe, overrides, **_surroundings(folder, [history, cost, keeper, interruption]))
+    cli = parse(recipe, overrides, **_surroundings(folder, [history, cost, keeper]))
     if getattr(cli.trainer, "fast_dev_run", False) or cli.trainer.limit_test_batches == 0:
         raise ConfigError(
             "Expected a run that is saved and tested, got trainer.fast_dev_run or trainer.limit_test_batches=0. For a "
@@ -86,8 +85,7 @@ def fit(
             _settle_environment(folder, environment(str(cli.trainer.precision), command))
             going_on = resume and _checkpoint(folder).exists()
             say(f"{'Resuming' if going_on else 'Training'} {folder}: {_words(cli)}")
-        with interruption.noted():
-            _train_and_test(cli, folder, history, resume)
+        _train_and_test(cli, folder, history, resume)
         result = _result(cli, name, cost)
         if cli.trainer.is_global_zero:
             write_json(folder / "result.json", result)
