@@ -333,6 +333,7 @@ def test_killed_at_any_moment_and_resumed_ends_with_the_same_numbers(
     same_end(tmp_path / "whole", tmp_path / "killed")
 
 
+@pytest.mark.skipif(signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="the shell has Ctrl-C ignored")
 @pytest.mark.timeout(200)
 def test_ctrl_c_says_how_to_go_on(small: Callable[..., list[str]], tmp_path: Path) -> None:
     process = started(small, tmp_path, "run", epochs=4000)
