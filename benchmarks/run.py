@@ -221,8 +221,8 @@ def criterion_steps(kind: Any, images: int, targets: int) -> list[Callable[[], N
     from transformers import ConditionalDetrConfig, DetrConfig
     from transformers.loss.loss_utils import LOSS_MAPPING
 
+    from batchformer.tasks.set_prediction.criterion import SetOutputs
     from batchformer.tasks.set_prediction.from_transformers import criterion_for
-    from batchformer.tasks.set_prediction.losses import SetOutputs
 
     model: Any = nn.Module()
     name, config = ("", DetrConfig) if kind == "softmax" else ("DeformableDetr", ConditionalDetrConfig)
@@ -266,12 +266,12 @@ def detector_times(seconds: float) -> Table:
 
 
 def detector_step(detector: Any, arm: Any) -> Callable[[], None]:
-    from batchformer.core import insert_arm
     from batchformer.tasks.detection.loss import build_criterion
     from batchformer.tasks.detection.model import backbone_of, build_detector
     from batchformer.tasks.detection.settings import LossSettings, NetworkSettings
     from batchformer.tasks.set_prediction.backbone import BackboneSettings
     from batchformer.tasks.set_prediction.from_transformers import use_criterion
+    from batchformer.tasks.training.arms import insert_arm
 
     backbone = BackboneSettings("efficientnet_lite0", pretrained=False, trains="nothing", strides=[32])
     sizes: dict[str, Any] = {"d_model": 128, "encoder_layers": 3, "decoder_layers": 3, "ffn_dim": 256}

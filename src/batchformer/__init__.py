@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .core import BatchFormer as BatchFormer
     from .core import BatchFormerWarning as BatchFormerWarning
-    from .core import Handle as Handle
-    from .core import describe as describe
     from .core import expand as expand
-    from .core import handles as handles
-    from .core import insert as insert
-    from .core import param_groups as param_groups
-    from .core import remove as remove
     from .core import split as split
     from .core import stream_loss as stream_loss
+    from .insertion import Handle as Handle
+    from .insertion import describe as describe
+    from .insertion import handles as handles
+    from .insertion import insert as insert
+    from .insertion import param_groups as param_groups
+    from .insertion import remove as remove
 
     BatchFormerV2 = BatchFormer
 
@@ -41,10 +41,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'batchformer' has no attribute {name!r}")
-    from . import core
+    from . import core, insertion
 
     # People search for BatchFormerV2: there is one layer and two ways to place it.
-    value = core.BatchFormer if name == "BatchFormerV2" else getattr(core, name)
+    value = core.BatchFormer if name == "BatchFormerV2" else getattr(core if hasattr(core, name) else insertion, name)
     globals()[name] = value
     return value
 

@@ -105,7 +105,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    from batchformer import __version__
+    from . import __version__
 
     parser = _Parser(
         prog="batchformer",
@@ -207,8 +207,8 @@ def _take_overrides(words: list[str], verb: argparse.ArgumentParser) -> tuple[li
 
 
 def _ls(arguments: argparse.Namespace) -> None:
-    from batchformer.data import fetch
-    from batchformer.engine.recipes import find_recipe, recipes
+    from .data import fetch
+    from .engine.recipes import find_recipe, recipes
 
     if arguments.recipe:
         print("\n".join(find_recipe(arguments.recipe).header))
@@ -223,7 +223,7 @@ def _ls(arguments: argparse.Namespace) -> None:
 
 
 def _data(arguments: argparse.Namespace) -> None:
-    from batchformer.data import fetch
+    from .data import fetch
 
     if arguments.action == "get":
         if not arguments.name:
@@ -241,18 +241,18 @@ def _data(arguments: argparse.Namespace) -> None:
 
 
 def _scenes(arguments: argparse.Namespace) -> None:
-    from batchformer.data import fetch
+    from .data import fetch
 
     settings = {name: value for name, value in vars(arguments).items() if name in SCENES}
     print(fetch.make(Path(arguments.folder), **settings))
 
 
 def _fit(arguments: argparse.Namespace) -> None:
-    from batchformer.engine.recipes import find_recipe
+    from .engine.recipes import find_recipe
 
     recipe = find_recipe(arguments.recipe)  # before the slow imports
-    from batchformer.engine.config import dump, parse
-    from batchformer.engine.run import first_rank, fit, quiet
+    from .engine.config import dump, parse
+    from .engine.run import first_rank, fit, quiet
 
     if arguments.print_config:
         quiet()
@@ -273,13 +273,13 @@ def _fit(arguments: argparse.Namespace) -> None:
 
 
 def _test(arguments: argparse.Namespace) -> None:
-    from batchformer.engine.run import test
+    from .engine.run import test
 
     print(_metrics_line(test(Path(arguments.run_folder))))
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from batchformer.engine.recipes import find_recipe
+    from .engine.recipes import find_recipe
 
     given_root = any(word.startswith("--data.root=") for word in arguments.overrides)
     recipe = find_recipe(arguments.recipe or (FOLDER_RECIPE if given_root else MAIN_RECIPE))
@@ -287,8 +287,8 @@ def _compare(arguments: argparse.Namespace) -> None:
     controls = [control.strip() for control in arguments.controls.split(",") if control.strip()]
     folder = Path(arguments.out) / (arguments.name or f"compare-{_slug(recipe.name)}")
 
-    from batchformer.engine.compare import compare
-    from batchformer.report import comparison_text, read_comparison, write_report
+    from .engine.compare import compare
+    from .report import comparison_text, read_comparison, write_report
 
     compare(
         recipe.path,
@@ -309,7 +309,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from batchformer.report import write_report
+    from .report import write_report
 
     written = write_report(arguments.runs, Path(arguments.out or Path(arguments.runs[0]) / "report"))
     for note in written.notes:
@@ -318,7 +318,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from batchformer.engine.export import export
+    from .engine.export import export
 
     run = Path(arguments.run_folder)
     for path in export(run, Path(arguments.out or run / "export"), tuple(arguments.format.split(","))):
@@ -326,11 +326,11 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    from batchformer.data.lists import image_files
+    from .data.lists import image_files
 
     images = image_files(arguments.images)
-    from batchformer.engine.predict import predict
-    from batchformer.engine.run import quiet
+    from .engine.predict import predict
+    from .engine.run import quiet
 
     quiet()
     run = Path(arguments.run_folder)
@@ -342,7 +342,7 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from batchformer.engine.convert import convert
+    from .tasks.set_prediction.published.convert import convert
 
     report, files = convert(Path(arguments.checkpoint), Path(arguments.out))
     print(report)
@@ -353,7 +353,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _env(arguments: argparse.Namespace) -> None:
     import json
 
-    from batchformer.engine.records import environment
+    from .engine.environment import environment
 
     print(json.dumps(environment(), indent=2))
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from batchformer import cli
-from batchformer.engine import records, run
+from batchformer.engine import run
+from batchformer.engine import run_files as records
 from batchformer.tasks.longtail.task import LongTailTask
 
 

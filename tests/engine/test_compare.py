@@ -13,10 +13,10 @@ import psutil
 import pytest
 import torch
 
-from batchformer.core import ARMS
 from batchformer.engine.compare import compare
 from batchformer.engine.config import ConfigError, parse
 from batchformer.engine.recipes import find_recipe
+from batchformer.tasks.training.arms import ARMS
 
 RECIPE = find_recipe("longtail/folder").path
 Small = Callable[..., list[str]]

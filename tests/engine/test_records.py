@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from batchformer.engine.records import Cost, History, memory_mb, peak_memory_mb
+from batchformer.engine.callbacks import Cost, History
+from batchformer.engine.environment import memory_mb, peak_memory_mb
 
 
 def trainer(epoch: int, **metrics: float) -> Any:

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from batchformer.engine import config, records
+from batchformer.engine import config
 from batchformer.engine import run as engine
+from batchformer.engine import run_files as records
 from batchformer.engine.config import ConfigError, parse
 from batchformer.engine.export import export
 from batchformer.engine.recipes import find_recipe

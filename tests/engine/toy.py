@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from batchformer.core import Handle, param_groups
+from batchformer.insertion import Handle, param_groups
 from batchformer.tasks.training.contract import ClassResult, Exportable
 from batchformer.tasks.training.schedule import optimization
 from batchformer.tasks.training.settings import BatchFormerSettings, OptimizerSettings, insert_plug_in

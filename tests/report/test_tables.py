@@ -6,7 +6,7 @@ import re
 import pytest
 
 from batchformer.report import Run, Table, comparison_text, find_runs, read_comparison, to_csv, to_markdown, to_text
-from batchformer.report.records import class_rows, difference_rows, result_rows
+from batchformer.report.flat_rows import class_rows, difference_rows, result_rows
 from batchformer.report.tables import (
     controls_table,
     cost_table,

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, streams
+from .cpu_kernels import dropout
 from .distributed import RankRows, exchange_rows
 from .functional import Attend, LayerWeights
-from .notices import BatchFormerWarning, label, note_training_pass, warn_if_frozen, watch_optimizers
+from .training_checks import BatchFormerWarning, label, note_training_pass, warn_if_frozen, watch_optimizers
 
 Mode = Literal["two_stream", "single_stream"]
 GatherMode = Literal["none", "all"]
@@ -202,7 +203,7 @@ class BatchFormer(nn.Module):
         if self.training and not torch.compiler.is_compiling():
             self._tell_once(alone=ranks is None and x_NTC.shape[0] == 1)
         if self.attend == "nothing":
-            return functional.dropout(x, self.drop if self.training else 0.0)
+            return dropout(x, self.drop if self.training else 0.0)
         out_NTC = x_NTC
         for layer in self.layers:
             out_NTC = layer(out_NTC, attend=self.attend, padding_NT=padding_NT, ranks=ranks)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from . import packages
+from .atomic import scratch_beside
 from .catalog import DATASETS, Dataset
 from .errors import DataError, DataNotFoundError
-from .scratch import scratch_beside
 
 __all__ = [
     "DATASETS",

@@ -15,13 +15,13 @@ from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, cast
 
-from batchformer.core.arms import ARMS
+from batchformer.tasks.training.arms import ARMS
 from batchformer.tasks.training.contract import TaskModule
 
 from .config import ConfigError, setting, task_of
 from .lock import alone_in
-from .records import write_json, write_text
 from .run import DONE, discard, first_rank, fit
+from .run_files import write_json, write_text
 from .tasks import TASKS, task_classes
 
 PLAN = "compare.json"

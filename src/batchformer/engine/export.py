@@ -10,7 +10,7 @@ from torch import nn
 from batchformer.tasks.training.contract import Exportable
 
 from .config import run_part
-from .records import write_json
+from .run_files import write_json
 
 FORMATS = ("safetensors", "onnx")
 

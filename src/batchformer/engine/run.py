@@ -21,9 +21,11 @@ from torch import nn
 from batchformer.core import BatchFormer
 from batchformer.tasks.training.contract import TaskModule
 
+from .callbacks import Cost, History
 from .config import ConfigError, differences, dump, parse
+from .environment import environment, peak_memory_mb
 from .lock import alone_in
-from .records import Cost, History, WholeCheckpoints, environment, peak_memory_mb, write_json, write_text
+from .run_files import WholeCheckpoints, write_json, write_text
 
 DONE = "done"
 

@@ -3,10 +3,10 @@
 The line: folders -> :func:`find_runs` -> statistics -> tables, plots, sentences -> :func:`write_report`.
 """
 
+from .paired import PairedDifference, Summary, paired_difference, summarize
 from .reading import find_runs, read_comparison, read_run
 from .render import Table, to_csv, to_markdown, to_text
 from .runs import ClassResult, Comparison, Found, LeftOut, ReportError, Run
-from .statistics import PairedDifference, Summary, paired_difference, summarize
 from .tables import comparison_text
 from .write import ReportPaths, write_report
 

@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .paired import FEW_SEEDS
 from .runs import BASELINE, TREATMENT, Comparison, LeftOut, Run
-from .statistics import FEW_SEEDS
 
 __all__ = ["caveats", "flatten_config", "hardware", "left_out_lines", "precision", "run_caveats", "versions"]
 

@@ -8,11 +8,11 @@ import math
 import statistics as stdlib_statistics
 from collections.abc import Mapping
 
+from .paired import PairedDifference, paired_difference
 from .reading import read_curves
 from .render import Table
 from .runs import BASELINE, TREATMENT, Comparison, higher_is_better
-from .statistics import PairedDifference, paired_difference
-from .wording import describe_difference, label, points
+from .sentences import describe_difference, label, points
 
 __all__ = ["convergence_sentence", "convergence_table"]
 

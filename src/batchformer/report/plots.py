@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .paired import PairedDifference, summarize
 from .reading import read_curves
 from .runs import BASELINE, TREATMENT, Comparison, ReportError
-from .statistics import PairedDifference, summarize
+from .sentences import label, points, verdict_text
 from .tables import class_lines
-from .wording import label, points, verdict_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .statistics import PairedDifference, paired_difference
+from .paired import PairedDifference, paired_difference
 
 __all__ = [
     "BASELINE",

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .caveats import caveats
+from .paired import PairedDifference, Summary, summarize
 from .render import WIDTH, Table, to_text, wrap
 from .runs import BASELINE, TREATMENT, Comparison, Run, higher_is_better
-from .statistics import PairedDifference, Summary, summarize
-from .wording import arm_text, conclusions, label, multiple_comparisons, points, verdict_text
+from .sentences import arm_text, conclusions, label, multiple_comparisons, points, verdict_text
 
 __all__ = [
     "class_lines",

@@ -12,14 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import plots, records, tables
+from . import flat_rows as records
+from . import plots, tables
 from .caveats import caveats, hardware, left_out_lines, precision, run_caveats, versions
 from .convergence import convergence_sentence, convergence_table
 from .pictures import picture_table
 from .reading import find_runs
 from .render import Table, to_csv, to_markdown
 from .runs import Comparison, Found, ReportError, Run
-from .wording import arm_text, conclusions, multiple_comparisons
+from .sentences import arm_text, conclusions, multiple_comparisons
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,7 @@ from batchformer.tasks.detection.settings import NetworkSettings
 from batchformer.tasks.detection.smca.decoder import SpatialPrior
 from batchformer.tasks.detection.task import DetectionTask
 from batchformer.tasks.set_prediction.from_transformers import set_outputs
-from batchformer.tasks.set_prediction.optimization import DetectorOptimizerSettings
+from batchformer.tasks.set_prediction.optimizer import DetectorOptimizerSettings
 from batchformer.tasks.training.contract import TaskModule
 from batchformer.tasks.training.settings import BatchFormerSettings
 

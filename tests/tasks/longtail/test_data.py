@@ -11,7 +11,7 @@ from torch import Tensor
 from batchformer.data.errors import DataError, DataNotFoundError
 from batchformer.data.loader import ImageLoader, TensorLoader
 from batchformer.tasks.longtail.data import LongTailData
-from batchformer.tasks.longtail.profile import (
+from batchformer.tasks.longtail.imbalance import (
     class_order,
     long_tail_indices,
     long_tail_profile,

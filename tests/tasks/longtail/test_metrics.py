@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassF1Score
 
+from batchformer.tasks.longtail.imbalance import shot_groups
 from batchformer.tasks.longtail.metrics import GROUPS, LongTailMetrics
-from batchformer.tasks.longtail.profile import shot_groups
 
 K = 8
 GROUP_CLASSES = {"many": [5, 0], "medium": [1, 2, 3], "few": [4, 6, 7]}

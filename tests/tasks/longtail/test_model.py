@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchformer import insert, remove
-from batchformer.tasks.longtail.backbone import ResNet, create_backbone, stages
-from batchformer.tasks.longtail.model import CosineClassifier, LongTailNetwork, build_model
+from batchformer.tasks.image_classification.backbone import ResNet, create_backbone, stages
+from batchformer.tasks.image_classification.network import CosineClassifier, LongTailNetwork
+from batchformer.tasks.longtail.model import build_model
 from batchformer.tasks.longtail.paco import PaCo, PaCoOutput
 
 NETWORKS: dict[str, dict[str, Any]] = {

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from batchformer import insert
+from batchformer.tasks.image_classification.network import LongTailNetwork
 from batchformer.tasks.longtail.decoupled import WeightScale, learn_weight_scale, retrain_classifier, tau_normalize
-from batchformer.tasks.longtail.model import LongTailNetwork, build_model
+from batchformer.tasks.longtail.model import build_model
 
 IMAGES = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 

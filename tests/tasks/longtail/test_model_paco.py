@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from batchformer import insert
-from batchformer.tasks.longtail.backbone import ResNet
+from batchformer.tasks.image_classification.backbone import ResNet
 from batchformer.tasks.longtail.criterion import build_loss
 from batchformer.tasks.longtail.paco import PaCo, PaCoOutput, gather_rows
 

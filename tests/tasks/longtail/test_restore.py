@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from batchformer.core import insert_arm
 from batchformer.tasks.longtail.paco import PaCo
 from batchformer.tasks.longtail.restore import DataFacts, build_network, exportable, load_network, second_stage
 from batchformer.tasks.longtail.ride import RIDE, RoutedExperts
 from batchformer.tasks.longtail.settings import NetworkSettings
+from batchformer.tasks.training.arms import insert_arm
 
 FACTS = DataFacts([9, 4, 2], ["a", "b", "c"], {"many": [0], "medium": [1], "few": [2]}, 1, 16, [0.5], [0.5])
 KINDS = {

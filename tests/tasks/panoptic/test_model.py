@@ -12,8 +12,8 @@ from batchformer.tasks.panoptic.matched import MatchedQueries
 from batchformer.tasks.panoptic.model import build_detector, detector_inside, with_masks
 from batchformer.tasks.panoptic.settings import Detector, LossSettings, NetworkSettings
 from batchformer.tasks.set_prediction.backbone import BackboneSettings
+from batchformer.tasks.set_prediction.criterion import SetCriterion
 from batchformer.tasks.set_prediction.from_transformers import use_criterion
-from batchformer.tasks.set_prediction.losses import SetCriterion
 
 CLASSES, QUERIES, SIDE = 5, 6, 64
 

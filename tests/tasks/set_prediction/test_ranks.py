@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from batchformer.tasks.set_prediction.losses import SetCriterion, SetOutputs
+from batchformer.tasks.set_prediction.criterion import SetCriterion, SetOutputs
 
 Q, K = 6, 3
 SIZES = ([3, 1], [0, 0])  # of two rows on each rank; the second has none: its share of the focal loss still counts

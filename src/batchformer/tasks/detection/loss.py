@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from batchformer.tasks.set_prediction.losses import LossWeights, SetCriterion
+from batchformer.tasks.set_prediction.criterion import LossWeights, SetCriterion
 from batchformer.tasks.set_prediction.matching import MatchCosts
 
 from .settings import PUBLISHED, Detector, LossSettings

@@ -6,7 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from batchformer.tasks.set_prediction.average_precision import AP_NAMES, AveragePrecision, detections
+from batchformer.tasks.set_prediction.average_precision import AP_NAMES, AveragePrecision
+from batchformer.tasks.set_prediction.postprocess import detections
 
 __all__ = ["AP_NAMES", "DetectionMetrics", "detections"]
 

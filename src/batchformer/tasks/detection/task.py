@@ -10,10 +10,10 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from batchformer.core import Handle
 from batchformer.data.samplers import derive_seed
+from batchformer.insertion import Handle
 from batchformer.tasks.set_prediction.from_transformers import use_criterion
-from batchformer.tasks.set_prediction.optimization import DetectorOptimizerSettings, parameter_groups
+from batchformer.tasks.set_prediction.optimizer import DetectorOptimizerSettings, parameter_groups
 from batchformer.tasks.training.averaging import MovingAverage
 from batchformer.tasks.training.contract import ClassResult
 from batchformer.tasks.training.schedule import DIVERGED, optimization

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from batchformer.tasks.longtail import loss, loss_paco, loss_ride
-from batchformer.tasks.longtail.paco import PaCoOutput
+from . import loss, loss_paco, loss_ride
+from .paco import PaCoOutput
 
 __all__ = ["LOSSES", "Criterion", "build_loss"]
 

@@ -18,9 +18,9 @@ from batchformer.data import checks, fetch, images, lists
 from batchformer.data.loader import ImageDataset, ImageLoader, TensorLoader
 from batchformer.data.samplers import EpochSampler, EvalSampler, SamplerKind
 from batchformer.data.transforms import SMALL, BatchAugment, Mix, image_augment, image_eval, image_keep
+from batchformer.tasks.image_classification.sources import DatasetName, Part, Source, read_parts
 
-from .profile import class_order, long_tail_indices, long_tail_profile, shot_groups, unmet
-from .sources import DatasetName, Part, Source, read_parts
+from .imbalance import class_order, long_tail_indices, long_tail_profile, shot_groups, unmet
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from batchformer.tasks.longtail.model import CosineClassifier, LongTailNetwork
+from batchformer.tasks.image_classification.network import CosineClassifier, LongTailNetwork
 
 __all__ = ["WeightScale", "learn_weight_scale", "retrain_classifier", "tau_normalize"]
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchformer.tasks.longtail.loss import check_rows, log_prior
+from .loss import check_rows, log_prior
 
 __all__ = ["paco"]
 

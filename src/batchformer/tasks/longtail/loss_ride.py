@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchformer.tasks.longtail.loss import at_least_fp32, at_least_one, ldam
+from .loss import at_least_fp32, at_least_one, ldam
 
 __all__ = ["distillation", "diversity_temperature", "ride", "routing"]
 

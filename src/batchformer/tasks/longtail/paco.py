@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchformer.tasks.longtail.model import LongTailNetwork, Network, make_classifier
+from batchformer.tasks.image_classification.network import LongTailNetwork, Network, make_classifier
 
 __all__ = ["PaCo", "PaCoHead", "PaCoOutput", "gather_rows"]
 

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from batchformer.data.transforms import evaluation_rule
+from batchformer.tasks.image_classification.network import LongTailNetwork
 from batchformer.tasks.training.contract import Exportable
 
 from .decoupled import learn_weight_scale, retrain_classifier, tau_normalize
-from .model import LongTailNetwork, build_model
+from .model import build_model
 from .paco import PaCo
 from .ride import RIDE, RoutedExperts, RoutedOutput
 from .settings import NetworkSettings

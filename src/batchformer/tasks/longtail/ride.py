@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchformer.tasks.longtail.backbone import create_backbone, stages
-from batchformer.tasks.longtail.model import LongTailNetwork, make_classifier
+from batchformer.tasks.image_classification.backbone import create_backbone, stages
+from batchformer.tasks.image_classification.network import LongTailNetwork, make_classifier
 
 __all__ = ["RIDE", "RoutedExperts", "RoutedOutput", "RoutingOutput"]
 

@@ -10,8 +10,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from batchformer.core import Handle, param_groups
 from batchformer.data.samplers import derive_seed
+from batchformer.insertion import Handle, param_groups
+from batchformer.tasks.image_classification.network import LongTailNetwork
 from batchformer.tasks.training.averaging import MovingAverage
 from batchformer.tasks.training.contract import ClassResult
 from batchformer.tasks.training.schedule import DIVERGED, optimization
@@ -20,7 +21,6 @@ from batchformer.tasks.training.settings import BatchFormerSettings, OptimizerSe
 from .criterion import Criterion, RIDELoss, build_loss
 from .loss_ride import routing
 from .metrics import LongTailMetrics
-from .model import LongTailNetwork
 from .paco import PaCoOutput
 from .restore import DataFacts, build_network, load_network, second_stage
 from .ride import RIDE, RoutedExperts, RoutedOutput, RoutingOutput

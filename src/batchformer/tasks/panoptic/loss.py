@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from batchformer.tasks.set_prediction.losses import LossWeights, SetCriterion
+from batchformer.tasks.set_prediction.criterion import LossWeights, SetCriterion
 from batchformer.tasks.set_prediction.matching import MatchCosts
 
 from .settings import KINDS, Detector, LossSettings

@@ -14,8 +14,8 @@ from PIL import Image
 from batchformer.data.coco_layout import file_ids
 from batchformer.data.detection_transforms import collate, eval_transform, read_image
 
+from .drawing import draw, side_by_side
 from .maps import PanopticMap
-from .pictures import draw, side_by_side
 from .postprocess import Frame, panoptic_map
 from .restore import Restored, load_network
 

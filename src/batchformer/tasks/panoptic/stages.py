@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from batchformer.core import Handle
+from batchformer.insertion import Handle
 from batchformer.tasks.training.settings import BatchFormerSettings, insert_plug_in
 
 from .model import build_detector, detector_inside, with_masks

@@ -11,24 +11,24 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from batchformer.core import Handle
 from batchformer.data.detection_transforms import read_image
 from batchformer.data.samplers import derive_seed
-from batchformer.tasks.set_prediction.average_precision import detections
+from batchformer.insertion import Handle
 from batchformer.tasks.set_prediction.backbone import Backbone
 from batchformer.tasks.set_prediction.from_transformers import Installed, use_criterion
-from batchformer.tasks.set_prediction.optimization import DetectorOptimizerSettings, parameter_groups
+from batchformer.tasks.set_prediction.optimizer import DetectorOptimizerSettings, parameter_groups
+from batchformer.tasks.set_prediction.postprocess import detections
 from batchformer.tasks.training.contract import ClassResult
 from batchformer.tasks.training.schedule import optimization
 from batchformer.tasks.training.settings import BatchFormerSettings, insert_plug_in
 
 from .balance import balance
+from .drawing import draw, side_by_side
 from .loss import stage_criterion
 from .maps import PanopticMap
 from .matched import MatchedQueries
 from .metrics import PanopticMetrics
 from .model import build_detector
-from .pictures import draw, side_by_side
 from .postprocess import Frame, instances, panoptic_map
 from .restore import DataFacts, Part
 from .settings import KINDS, LossSettings, NetworkSettings, PostprocessSettings, StageSettings

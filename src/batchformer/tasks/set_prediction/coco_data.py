@@ -18,8 +18,9 @@ from batchformer.data.detection_transforms import CocoDetection, Transform, coll
 from batchformer.data.errors import DataError
 from batchformer.data.keyed_loader import KeyedLoader
 from batchformer.data.samplers import EpochSampler, EvalSampler, generator
-from batchformer.tasks.set_prediction.backbone import Backbone
-from batchformer.tasks.set_prediction.cached_data import CachedDetection, cached, collate_cached
+
+from .backbone import Backbone
+from .cached_data import CachedDetection, cached, collate_cached
 
 __all__ = ["CocoData"]
 

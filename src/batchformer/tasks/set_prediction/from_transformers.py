@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .losses import LossWeights, SetCriterion, SetOutputs
+from .criterion import LossWeights, SetCriterion, SetOutputs
 from .matching import MatchCosts
 
 __all__ = ["Installed", "criterion_for", "set_outputs", "use_criterion"]

@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from batchformer.core import Arm, Handle, insert_arm
+from batchformer.insertion import Handle
+from batchformer.tasks.training.arms import Arm, insert_arm
 
 
 @dataclass

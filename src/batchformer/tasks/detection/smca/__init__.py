@@ -6,9 +6,9 @@ Source:
 
 from transformers import AutoConfig, AutoModel, AutoModelForObjectDetection
 
-from batchformer.tasks.detection.smca.configuration import SmcaConfig
-from batchformer.tasks.detection.smca.decoder import SmcaModelOutput
-from batchformer.tasks.detection.smca.modeling import SmcaForObjectDetection, SmcaModel, SmcaObjectDetectionOutput
+from .configuration import SmcaConfig
+from .decoder import SmcaModelOutput
+from .modeling import SmcaForObjectDetection, SmcaModel, SmcaObjectDetectionOutput
 
 # AutoModelForObjectDetection.from_pretrained finds a saved SMCA once this package is imported.
 AutoConfig.register("smca", SmcaConfig, exist_ok=True)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from batchformer.tasks.detection.smca.configuration import SmcaConfig
+from .configuration import SmcaConfig
 
 
 class InProjection(nn.Linear):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoBackbone
 
-from batchformer.tasks.detection.smca.configuration import SmcaConfig
+from .configuration import SmcaConfig
 
 # Stages count from 0 in names like "encoder.stages.0" and "blocks.0", from 1 in "layer1" and "stage1".
 _STAGE = re.compile(r"(?:^|[._])(?:(?:stages|layers|blocks)[._](?P<from_0>\d+)|(?:layer|stage)(?P<from_1>\d+))")

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from batchformer.tasks.detection.smca.attention import Attention, FeedForward
-from batchformer.tasks.detection.smca.configuration import SmcaConfig
-from batchformer.tasks.detection.smca.encoder import Shapes, split_levels
-from batchformer.tasks.detection.smca.prior import log_gaussian
+from .attention import Attention, FeedForward
+from .configuration import SmcaConfig
+from .encoder import Shapes, split_levels
+from .prior import log_gaussian
 
 
 @dataclass

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from batchformer.tasks.detection.smca.attention import Attention, FeedForward
-from batchformer.tasks.detection.smca.configuration import SmcaConfig
+from .attention import Attention, FeedForward
+from .configuration import SmcaConfig
 
 Shapes = tuple[tuple[int, int], ...]
 

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
-from batchformer.tasks.detection.smca.attention import InProjection
-from batchformer.tasks.detection.smca.backbone import SmcaBackbone, freeze
-from batchformer.tasks.detection.smca.configuration import SmcaConfig
-from batchformer.tasks.detection.smca.decoder import MLP, InverseExtent, SmcaDecoder, SmcaModelOutput
-from batchformer.tasks.detection.smca.encoder import SmcaEncoder
-from batchformer.tasks.detection.smca.prior import sine_positions, valid_size
 from batchformer.tasks.set_prediction.initial_weights import STACKED_GAIN
+
+from .attention import InProjection
+from .backbone import SmcaBackbone, freeze
+from .configuration import SmcaConfig
+from .decoder import MLP, InverseExtent, SmcaDecoder, SmcaModelOutput
+from .encoder import SmcaEncoder
+from .prior import sine_positions, valid_size
 
 
 @dataclass

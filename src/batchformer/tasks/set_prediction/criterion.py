@@ -1,0 +1,270 @@
+"""The criterion of set prediction: match, then the terms of every decoder layer, of the masks and of the encoder.
+
+Axis letters as in matching.py: L decoder layers, N rows, Q queries (of a two-stage encoder: its tokens), K classes, M
+targets, P pairs, H and W pixels.
+
+Losses are sums over pairs divided by the number of targets of all rows (over the ranks' mean). With two streams the
+targets are doubled: this is the mean of both streams' losses, and a run with BatchFormer has a plain run's scale.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import loss_terms as terms
+from .matching import Kind, MatchCosts, Matches, Stage, match_stages, moved, pack
+
+__all__ = ["LossWeights", "SetCriterion", "SetOutputs"]
+
+_WEIGHT_OF = {"loss_ce": "class_", "loss_bbox": "l1", "loss_giou": "giou", "loss_mask": "mask", "loss_dice": "dice"}
+
+
+@dataclass(frozen=True)
+class SetOutputs:
+    """What a detector predicts for N rows.
+
+    Attributes:
+        logits_LNQK: Class logits of each decoder layer, the final one last; the last class of the "softmax" kind is "no
+            object".
+        boxes_LNQ4: Centre format, in shares of the image, 0..1.
+        masks_NQHW: Mask logits of the final layer.
+        encoder_logits_NQK: Class logits of the encoder's proposals (two-stage Deformable DETR).
+        encoder_boxes_NQ4: Their boxes.
+    """
+
+    logits_LNQK: Tensor
+    boxes_LNQ4: Tensor
+    masks_NQHW: Tensor | None = None
+    encoder_logits_NQK: Tensor | None = None
+    encoder_boxes_NQ4: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the terms in the total; every layer has the same.
+
+    Attributes:
+        class_: Published: 1 with "softmax", 2 with "focal". transformers' own loss takes 1 in both.
+        l1: Of the L1 distance of boxes.
+        giou: Of 1 - GIoU.
+        mask: Of the masks' focal loss.
+        dice: Of their dice loss.
+    """
+
+    class_: float = 1.0
+    l1: float = 5.0
+    giou: float = 2.0
+    mask: float = 1.0
+    dice: float = 1.0
+
+
+@dataclass(frozen=True)
+class SetCriterion:
+    """The loss of DETR ("softmax") and of Conditional DETR, Deformable DETR and SMCA ("focal").
+
+    Attributes:
+        num_classes: Classes, without "no object".
+        kind: See :class:`MatchCosts`.
+        weights: Of the terms.
+        costs: Of the matching; the published ones of the kind where it is ``None``.
+        eos: Weight of "no object" in the cross-entropy ("softmax").
+        alpha: Weight of a hit in the focal loss ("focal").
+        gamma: Exponent of the focal loss.
+        cardinality: Whether to compute ``cardinality_error``, which is for the log only.
+        two_streams: Whether the rows are [plain; mixed], or what tells (``lambda: handle.doubles``); asked for only
+            with stream weights that differ.
+        stream_weights: Of the plain and the mixed stream, not negative, not both zero.
+
+    Raises:
+        ValueError: For other stream weights, or different ones and nothing said of two streams.
+
+    Source:
+        Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, section 3.1; Zhu et al., "Deformable
+        DETR", ICLR 2021, A.4 (two-stage). BatchFormerV2: targets are doubled, each stream is matched by itself.
+
+    Example:
+        >>> criterion = SetCriterion(num_classes=3)
+        >>> outputs = SetOutputs(torch.zeros(2, 1, 5, 4), torch.full((2, 1, 5, 4), 0.5))
+        >>> target = {"class_labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.5, 0.5]])}
+        >>> loss = criterion(outputs, [target])
+        >>> sorted(loss)[:3], round(float(loss["loss_ce"]), 4)  # log(4): all classes are as likely
+        (['cardinality_error', 'cardinality_error_0', 'loss'], 1.3863)
+    """
+
+    num_classes: int
+    kind: Kind = "softmax"
+    weights: LossWeights = field(default_factory=LossWeights)
+    costs: MatchCosts | None = None
+    eos: float = 0.1
+    alpha: float = 0.25
+    gamma: float = 2.0
+    cardinality: bool = True
+    two_streams: bool | Callable[[], bool] = False
+    stream_weights: Sequence[float] = (1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        plain, mixed = self.stream_weights
+        if min(plain, mixed) < 0 or plain + mixed == 0:
+            raise ValueError(f"Expected stream weights that are not negative and not both zero, got {plain}, {mixed}.")
+        if plain != mixed and self.two_streams is False:
+            raise ValueError(
+                f"Expected two_streams with different stream weights, got {plain}, {mixed}. Pass two_streams=lambda: "
+                "handle.doubles, with the handle that insert() returned."
+            )
+
+    @property
+    def match_costs(self) -> MatchCosts:
+        """The costs of the matching, the published ones unless given."""
+        return self.costs or MatchCosts(self.kind, class_=2.0 if self.kind == "focal" else 1.0)
+
+    def __call__(self, outputs: SetOutputs, targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The loss and its terms.
+
+        Args:
+            outputs: Of N rows; half precision is taken to fp32.
+            targets: For each row ``class_labels`` (T,) int, ``boxes`` (T, 4) in centre format in shares of the image,
+                and, if masks are predicted, ``masks`` (T, H, W): each padded, or of the image's own size as long as the
+                largest is as large as the padded batch.
+
+        Returns:
+            ``loss``, the weighted sum, and without their weights ``loss_ce``, ``loss_bbox``, ``loss_giou``,
+            ``cardinality_error`` of the final layer, the same with ``_0``, ``_1``, ... of the earlier ones and with
+            ``_enc`` of the encoder, ``loss_mask`` and ``loss_dice``: transformers' names.
+
+        Raises:
+            FloatingPointError: For predictions that are not finite.
+            ValueError: For targets that do not fit, see :func:`~batchformer.tasks.set_prediction.matching.match`.
+        """
+        with torch.autocast(outputs.logits_LNQK.device.type, enabled=False):
+            found: dict[str, Tensor] = self._losses(outputs, targets)
+        return found
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # the assignment leaves the device: no graph holds it
+    def _losses(self, outputs: SetOutputs, targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        stages = self._stages(outputs, targets)
+        matches = match_stages(stages, self.match_costs)
+        weights_N = self._row_weights(outputs.logits_LNQK)
+        count = _targets_per_rank(len(stages[0].targets.labels_M), stages[0].boxes_LNQ4)
+        earlier = [f"_{layer}" for layer in range(len(outputs.logits_LNQK) - 1)]
+        groups = [
+            (suffixes, self._stage_terms(stage, pairs, count, weights_N))
+            for stage, pairs, suffixes in zip(stages, matches, ([*earlier, ""], ["_enc"]), strict=False)
+        ]
+        if outputs.masks_NQHW is not None:
+            groups.append(([""], _mask_terms(outputs.masks_NQHW, targets, matches[0], count, weights_N)))
+        named = {
+            name + suffix: value
+            for suffixes, group in groups
+            for name, term_L in group.items()
+            for suffix, value in zip(suffixes, term_L.unbind(), strict=True)
+        }
+        weighted = [
+            getattr(self.weights, weight) * group[name].sum()
+            for _, group in groups
+            for name, weight in _WEIGHT_OF.items()
+            if name in group
+        ]
+        return {**named, "loss": torch.stack(weighted).sum()}
+
+    def _stages(self, outputs: SetOutputs, targets: Sequence[Mapping[str, Any]]) -> list[Stage]:
+        logits, boxes = _upcast(outputs.logits_LNQK), _upcast(outputs.boxes_LNQ4)
+        rows, classes = logits.shape[1], logits.shape[3] - (self.kind == "softmax")
+        if len(targets) != rows:
+            raise ValueError(
+                f"Expected targets for each of {rows} rows, got {len(targets)}. With BatchFormer in training there are "
+                "two rows for each image: give the model its labels, or handle.expand(labels) to the criterion."
+            )
+        if classes != self.num_classes:
+            raise ValueError(
+                f"Expected logits of {self.num_classes} classes{' and no object' * (self.kind == 'softmax')}, got "
+                f"{logits.shape[3]} in all. Check num_classes and kind, here {self.kind!r}."
+            )
+        packed = pack(targets, boxes)
+        stages = [Stage(logits, boxes, packed)]
+        if outputs.encoder_logits_NQK is not None and outputs.encoder_boxes_NQ4 is not None:
+            # A proposal is an object or none: the first class stands for any.
+            objects = replace(packed, labels_M=torch.zeros_like(packed.labels_M))
+            logits, boxes = _upcast(outputs.encoder_logits_NQK), _upcast(outputs.encoder_boxes_NQ4)
+            stages.append(Stage(logits[None], boxes[None], objects))
+        return stages
+
+    def _row_weights(self, logits_LNQK: Tensor) -> Tensor | None:
+        """Weights whose mean over the rows is 1, or ``None`` where all rows weigh the same."""
+        plain, mixed = self.stream_weights
+        rows = logits_LNQK.shape[1]
+        if plain == mixed or not (self.two_streams() if callable(self.two_streams) else self.two_streams):
+            return None
+        if rows % 2:
+            raise ValueError(f"Expected two rows for each image, [plain; mixed], got {rows} rows. See two_streams.")
+        weights = torch.tensor([plain] * (rows // 2) + [mixed] * (rows // 2), dtype=logits_LNQK.dtype)
+        return moved(2 * weights / (plain + mixed), logits_LNQK.device)
+
+    def _stage_terms(
+        self, stage: Stage, matches: Matches, count: Tensor, weights_N: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Terms of each layer, (L,), by name."""
+        logits_LNQK, boxes_LNQ4, targets = stage
+        labels_LP, own_LP4 = targets.labels_M[matches.targets_LP], targets.boxes_M4[matches.targets_LP]
+        if self.kind == "softmax":
+            class_L = terms.cross_entropy(logits_LNQK, matches, labels_LP, eos=self.eos, weights_N=weights_N)
+        else:
+            focal = {"alpha": self.alpha, "gamma": self.gamma}
+            class_L = terms.focal(logits_LNQK, matches, labels_LP, weights_N=weights_N, **focal) / count
+        weights_P = None if weights_N is None else weights_N[matches.rows_P]
+        l1_L, giou_L = terms.box_distances(matches.of(boxes_LNQ4), own_LP4, weights_P)
+        found = {"loss_ce": class_L, "loss_bbox": l1_L / count, "loss_giou": giou_L / count}
+        if self.cardinality:
+            found["cardinality_error"] = terms.cardinality_error(logits_LNQK, targets.sizes, kind=self.kind)
+        return found
+
+
+def _mask_terms(
+    masks_NQHW: Tensor,
+    targets: Sequence[Mapping[str, Any]],
+    matches: Matches,
+    count: Tensor,
+    weights_N: Tensor | None,
+) -> dict[str, Tensor]:
+    """Mask terms of the final layer, (1,), by name."""
+    queries_P, targets_P = matches.queries_LP[-1], matches.targets_LP[-1]
+    predicted_PHW = _upcast(masks_NQHW[matches.rows_P, queries_P])
+    own_PHW = moved(_padded_masks(targets), masks_NQHW.device)[targets_P]
+    weights_P = None if weights_N is None else weights_N[matches.rows_P]
+    focal, dice = terms.mask_distances(predicted_PHW, own_PHW, weights_P)
+    return {"loss_mask": focal[None] / count, "loss_dice": dice[None] / count}
+
+
+def _padded_masks(targets: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Masks of all rows, (M, H, W), with nothing at the right and the bottom of smaller ones."""
+    for row, target in enumerate(targets):
+        masks = target.get("masks")
+        if masks is None or masks.dim() != 3 or len(masks) != len(target["class_labels"]):
+            raise ValueError(
+                f"Expected masks (T, H, W) for the {len(target['class_labels'])} targets of row {row}, since masks are "
+                f"predicted, got {None if masks is None else tuple(masks.shape)}."
+            )
+    height, width = (max(target["masks"].shape[axis] for target in targets) for axis in (1, 2))
+    return torch.cat(
+        [
+            F.pad(target["masks"], (0, width - target["masks"].shape[2], 0, height - target["masks"].shape[1]))
+            for target in targets
+        ]
+    )
+
+
+def _targets_per_rank(count: int, like: Tensor) -> Tensor:
+    """Mean over ranks of the number of targets, at least 1; it stays where the predictions are."""
+    total = like.new_full((), count)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(total)
+        total /= dist.get_world_size()
+    return total.clamp_(min=1)
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

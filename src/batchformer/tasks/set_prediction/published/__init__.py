@@ -1,0 +1,1 @@
+"""Checkpoints and networks that the official code of the DETR family has published."""
