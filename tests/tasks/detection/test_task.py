@@ -14,10 +14,10 @@ from batchformer.tasks.detection.data import DetectionData
 from batchformer.tasks.detection.model import backbone_of, build_detector
 from batchformer.tasks.detection.restore import load_network
 from batchformer.tasks.detection.settings import NetworkSettings
-from batchformer.tasks.detection.smca.decoder import SpatialPrior
 from batchformer.tasks.detection.task import DetectionTask
 from batchformer.tasks.set_prediction.from_transformers import set_outputs
 from batchformer.tasks.set_prediction.optimizer import DetectorOptimizerSettings
+from batchformer.tasks.set_prediction.smca.decoder import SpatialPrior
 from batchformer.tasks.training.contract import TaskModule
 from batchformer.tasks.training.settings import BatchFormerSettings
 

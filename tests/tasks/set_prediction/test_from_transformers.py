@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from batchformer import insert
-from batchformer.tasks.detection.smca import SmcaConfig, SmcaForObjectDetection
 from batchformer.tasks.set_prediction.criterion import LossWeights, SetCriterion, SetOutputs
 from batchformer.tasks.set_prediction.from_transformers import criterion_for, set_outputs, use_criterion
+from batchformer.tasks.set_prediction.smca import SmcaConfig, SmcaForObjectDetection
 
 L, N, Q, K = 3, 4, 30, 7
 FUNCTIONS = {

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
-from batchformer.tasks.set_prediction.initial_weights import STACKED_GAIN
-
+from ..initial_weights import STACKED_GAIN
 from .attention import InProjection
 from .backbone import SmcaBackbone, freeze
 from .configuration import SmcaConfig

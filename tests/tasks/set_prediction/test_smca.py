@@ -11,7 +11,7 @@ from transformers import AutoModelForObjectDetection, ConditionalDetrImageProces
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
 
 from batchformer import BatchFormer, insert, remove
-from batchformer.tasks.detection.smca import SmcaConfig, SmcaForObjectDetection, SmcaModel
+from batchformer.tasks.set_prediction.smca import SmcaConfig, SmcaForObjectDetection, SmcaModel
 
 K = 3
 LEVELS = (1, 3)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from batchformer.tasks.detection.smca import SmcaConfig
-from batchformer.tasks.detection.smca.attention import Attention
-from batchformer.tasks.detection.smca.backbone import SmcaBackbone, freeze
-from batchformer.tasks.detection.smca.decoder import SmcaDecoder, SmcaDecoderLayer, SpatialPrior
-from batchformer.tasks.detection.smca.encoder import SmcaEncoderLayer
-from batchformer.tasks.detection.smca.prior import log_gaussian, sine_positions, valid_size
+from batchformer.tasks.set_prediction.smca import SmcaConfig
+from batchformer.tasks.set_prediction.smca.attention import Attention
+from batchformer.tasks.set_prediction.smca.backbone import SmcaBackbone, freeze
+from batchformer.tasks.set_prediction.smca.decoder import SmcaDecoder, SmcaDecoderLayer, SpatialPrior
+from batchformer.tasks.set_prediction.smca.encoder import SmcaEncoderLayer
+from batchformer.tasks.set_prediction.smca.prior import log_gaussian, sine_positions, valid_size
 
 SCALES = ("fixed", "single", "width_height")
 HEADS = ("independent", "shared")
