@@ -1,1 +1,1 @@
-"""What every task's training shares: settings, schedule, moving average, and what the engine needs of a task."""
+"""The room that every task shares: the base class, checkpoints, data module, schedule, arms of a comparison."""

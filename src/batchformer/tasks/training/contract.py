@@ -1,24 +1,6 @@
-"""What the engine needs of a task, so that it trains, compares, exports and predicts without knowing which one it is.
+"""Values that pass between tasks and the engine, so that the engine knows no task."""
 
-A task named ``x`` is a folder ``tasks/x`` and a line in ``engine/config.TASKS`` with two classes:
-
-- the LightningModule, a :class:`TaskModule`. Its constructor takes ``seed: int`` and ``batchformer:
-  BatchFormerSettings``; all arms of a comparison start from the same network and draw the same dropout where they have
-  the same layers.
-- the LightningDataModule. Its constructor takes ``seed: int``; its batches depend on the seed and the epoch alone. It
-  shards over ranks by itself. It may test on several loaders: what the task logs as ``test_AP`` and
-  ``test_unseen_AP`` stands as ``AP`` and ``unseen_AP`` in the result.
-
-The run folder is ``trainer.default_root_dir``. A task may add files there: ``predictions.json``, and pictures as
-``pictures/<name>.png``, of which a report shows those with the same name in several arms side by side, behind
-``pictures/given/<name>.png``: what is the same in every arm. They belong to :meth:`on_test_epoch_end` and are written
-by rank 0 alone.
-
-``tasks/x/restore.py`` has ``exportable(run: Path) -> Exportable``; ``tasks/x/predict.py`` has
-``predict(run: Path, images: Sequence[Path], out: Path, *, threshold: float = ...) -> list[Path]`` (the files written).
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -29,13 +11,63 @@ from .settings import BatchFormerSettings
 
 
 @dataclass(frozen=True)
+class Measure:
+    """A metric as tables and plots show it.
+
+    Attributes:
+        name: Name under which the task's metric computes it: ``"top1"``.
+        label: Name that people read: ``"top-1"``.
+        unit: ``"%"`` for a fraction in 0..1, which is shown times 100 and whose differences are percentage points; any
+            other unit, such as ``"years"``, is written behind the number as it is.
+        higher_is_better: Whether more is better; False for errors.
+    """
+
+    name: str
+    label: str
+    unit: str = "%"
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One of the things that every seed of a comparison is run on, such as a target domain or a split.
+
+    Runs of one seed on several units are not independent: statistics average over units within a seed.
+
+    Attributes:
+        name: Name in folders and tables: letters, digits, ``_`` and ``.``; empty where the seed is all there is.
+        settings: Settings of runs on this unit: ``{"data.split": 1}``.
+    """
+
+    name: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The part of a run that a task is in.
+
+    Attributes:
+        name: One of ``Task.stages``.
+        epochs: Epochs of this stage; ``None`` means all of the trainer's.
+        first_epoch: Epochs of the stages before.
+        start: Checkpoint that the stage starts from: the stage before, or another run; ``None`` for a first stage.
+    """
+
+    name: str
+    epochs: int | None = None
+    first_epoch: int = 0
+    start: Path | None = None
+
+
+@dataclass(frozen=True)
 class ClassResult:
     """One class of the test result.
 
     Attributes:
-        name: Of the class.
-        count: How much the training data has of it; ``TaskModule.class_count`` says of what.
-        value: ``TaskModule.class_metric`` as a fraction in 0..1, NaN where it is not defined.
+        name: Name of the class.
+        count: Amount of its training data; ``Task.class_count`` says of what.
+        value: Value of ``Task.class_metric``, NaN where it is not defined.
     """
 
     name: str
@@ -43,6 +75,34 @@ class ClassResult:
     value: float
 
 
+@dataclass(frozen=True)
+class Exportable:
+    """The plain network of a run, for use elsewhere.
+
+    Attributes:
+        network: The network in ``eval()``, whose state dict safetensors gets.
+        forward: Module that takes and returns tensors by position, which ONNX gets.
+        inputs: Example inputs of ``forward``, batch first, of at least two samples.
+        input_names: Name of each input.
+        output_names: Name of each output of ``forward``.
+        facts: Content of ``model.json``: classes, input size and normalisation, settings.
+        dynamic_batch: Whether the ONNX file takes any number of samples.
+        onnx_refusal: Message for the user that says why there can be no ONNX file; ``None`` where there can.
+        more: Writes further files into the folder, such as transformers' ``config.json``, and returns their paths.
+    """
+
+    network: nn.Module
+    forward: nn.Module
+    inputs: tuple[Tensor, ...]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    facts: dict[str, Any] = field(default_factory=dict)
+    dynamic_batch: bool = True
+    onnx_refusal: str | None = None
+    more: Callable[[Path], Sequence[Path]] | None = None
+
+
+# TEMPORARY, until all tasks are on the base class.
 @runtime_checkable
 class TaskModule(Protocol):
     """A LightningModule that the engine can run.
@@ -87,30 +147,3 @@ class TaskModule(Protocol):
                 where they are silent.
         """
         ...
-
-
-@dataclass(frozen=True)
-class Exportable:
-    """The plain network of a run, for use elsewhere.
-
-    Attributes:
-        network: In ``eval()``; its state dict is what safetensors gets.
-        forward: Takes and returns tensors by position; what ONNX gets.
-        inputs: Examples for ``forward``, batch first, of at least two samples.
-        input_names: One for each.
-        output_names: Of what ``forward`` returns.
-        facts: For ``model.json``: classes, input size and normalisation, settings.
-        dynamic_batch: Whether the ONNX file takes any number of samples.
-        onnx_refusal: Why there can be no ONNX file, as a message for the user; ``None`` where there can.
-        more: Writes further files into the folder, such as transformers' ``config.json``, and returns their paths.
-    """
-
-    network: nn.Module
-    forward: nn.Module
-    inputs: tuple[Tensor, ...]
-    input_names: tuple[str, ...]
-    output_names: tuple[str, ...]
-    facts: dict[str, Any] = field(default_factory=dict)
-    dynamic_batch: bool = True
-    onnx_refusal: str | None = None
-    more: Callable[[Path], Sequence[Path]] | None = None

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 
 from .settings import OptimizerSettings
 
@@ -13,25 +12,31 @@ DIVERGED = (
     "Lower model.optimizer.lr, raise model.optimizer.warmup_epochs, clip with trainer.gradient_clip_val, or run with "
     "precision=32-true."
 )
-"""What to do about a loss or logits that are not finite; ends the error that reports them."""
+"""Advice at the end of the error about a loss or outputs that are not finite."""
 
 
-def optimization(groups: Sequence[dict[str, Any]], settings: OptimizerSettings, trainer: Trainer) -> dict[str, Any]:
-    """What ``configure_optimizers`` returns: SGD or AdamW, and the schedule, which steps with every batch.
+def optimization(  # noqa: D417  # TEMPORARY
+    groups: Sequence[dict[str, Any]],
+    settings: OptimizerSettings,
+    trainer: Any = None,
+    *,
+    steps: int = 0,
+    epochs: int = 0,
+) -> dict[str, Any]:
+    """Return what ``configure_optimizers`` returns: SGD or AdamW, and the schedule, which moves on with every batch.
 
     Args:
         groups: Parameter groups with their own ``lr`` and ``weight_decay`` (:func:`batchformer.param_groups`).
         settings: Optimizer, warm-up and schedule.
-        trainer: Knows the number of steps.
+        steps: Optimizer steps that the schedule runs over.
+        epochs: Epochs that these steps are.
 
     Raises:
         ValueError: For a group without parameters, which would train nothing.
 
     Example:
-        >>> from types import SimpleNamespace
         >>> groups = [{"params": [torch.nn.Parameter(torch.zeros(2))], "lr": 0.1, "name": "network"}]
-        >>> trainer = SimpleNamespace(estimated_stepping_batches=20, max_epochs=5)
-        >>> optimization(groups, OptimizerSettings(), trainer)["lr_scheduler"]["interval"]
+        >>> optimization(groups, OptimizerSettings(), steps=20, epochs=5)["lr_scheduler"]["interval"]
         'step'
     """
     if empty := [str(group.get("name", place)) for place, group in enumerate(groups) if not group["params"]]:
@@ -44,8 +49,10 @@ def optimization(groups: Sequence[dict[str, Any]], settings: OptimizerSettings, 
         optimizer = torch.optim.SGD(groups, momentum=settings.momentum, nesterov=settings.nesterov)
     else:
         optimizer = torch.optim.AdamW(groups)
-    steps = max(1, int(trainer.estimated_stepping_batches))
-    epoch_steps = max(1, steps // max(1, trainer.max_epochs or 1))
+    if trainer is not None:  # TEMPORARY, until all tasks are on the base class
+        steps, epochs = int(trainer.estimated_stepping_batches), trainer.max_epochs or 1
+    steps = max(1, steps)
+    epoch_steps = max(1, steps // max(1, epochs))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, steps, epoch_steps, settings)
     )
@@ -53,12 +60,12 @@ def optimization(groups: Sequence[dict[str, Any]], settings: OptimizerSettings, 
 
 
 def learning_rate_factor(step: int, steps: int, epoch_steps: int, settings: OptimizerSettings) -> float:
-    """Learning rate over its peak at a step (from 0).
+    """Return the learning rate at a step as a fraction of its peak.
 
     Args:
-        step: Optimizer steps done.
-        steps: Of the whole run.
-        epoch_steps: Of an epoch.
+        step: Optimizer steps that are done, from 0.
+        steps: Optimizer steps of the whole schedule.
+        epoch_steps: Optimizer steps of an epoch.
         settings: Warm-up and schedule.
 
     Example:

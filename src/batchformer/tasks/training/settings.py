@@ -1,4 +1,4 @@
-"""Settings that recipes of every task spell alike."""
+"""Settings that the recipes of every task share."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,24 +11,25 @@ from batchformer.tasks.training.arms import Arm, insert_arm
 
 @dataclass
 class BatchFormerSettings:
-    """The module, and which arm of a comparison this run is.
+    """BatchFormer, where it goes, and which arm of a comparison this run is.
 
     Attributes:
         arm: ``plain``, ``batchformer`` or a control.
-        before: In front of which module; ``auto`` is the classifier.
-        after: Behind which module, instead of ``before`` (BatchFormerV2: ``backbone.blocks.8``,
-            ``model.encoder.layers.0``).
-        num_heads: ``None`` leaves it to the task: 4, or RIDE's rule (4 above 128 channels, else 1).
-        mlp_ratio: Width of the feed-forward part over the channels.
-        drop: Dropout.
-        layers: Encoder layers.
-        mode: Two streams, or the mixed one alone (as RIDE on ImageNet-LT and iNaturalist was published).
-        gather: ``all`` attends over the batches of all ranks.
-        layout: Of maps; ``None`` for features and tokens.
-        share: One set of weights for several places.
-        lr_mult: The module's learning rate over the network's.
-        weight_decay_mult: The module's weight decay over the network's.
-        stream_weights: Of the plain and the mixed stream's loss.
+        before: Name or names of the modules whose input is mixed; ``auto`` is the classifier.
+        after: Name or names of the modules whose output is mixed, in place of ``before`` (BatchFormerV2:
+            ``backbone.blocks.8``, ``model.encoder.layers.0``).
+        num_heads: Attention heads; ``None`` leaves them to the task: 4, and in RIDE 1 up to 128 channels.
+        mlp_ratio: Width of the feed-forward part as a multiple of the channels, above 0.
+        drop: Dropout probability in BatchFormer, in 0..1.
+        layers: Number of encoder layers, at least 1.
+        mode: ``two_stream``, or ``single_stream`` with the mixed stream alone (as RIDE on ImageNet-LT and iNaturalist
+            was published).
+        gather: ``all`` attends over the batches of all ranks, ``none`` over this rank's own.
+        layout: Order of the axes of maps; ``None`` for features and tokens.
+        share: Whether several points of insertion use one set of weights.
+        lr_mult: Learning rate of BatchFormer as a multiple of the network's, at least 0.
+        weight_decay_mult: Weight decay of BatchFormer as a multiple of the network's, at least 0.
+        stream_weights: Weights of the plain and the mixed stream's loss.
     """
 
     arm: Arm = "batchformer"
@@ -47,20 +48,20 @@ class BatchFormerSettings:
     stream_weights: tuple[float, float] = (1.0, 1.0)
 
 
-def insert_plug_in(network: nn.Module, settings: BatchFormerSettings, *, num_heads: int = 4) -> Handle | None:
-    """Put into a network what the settings say.
+def insert_from_settings(network: nn.Module, settings: BatchFormerSettings, *, num_heads: int = 4) -> Handle | None:
+    """Insert BatchFormer, or the control that the arm asks for, into a network.
 
     Args:
-        network: Changed in place.
-        settings: The module, its place and the arm.
-        num_heads: Where the settings leave it open.
+        network: Network, changed in place.
+        settings: Settings of BatchFormer and the arm.
+        num_heads: Attention heads where the settings leave them open.
 
     Returns:
-        The handle, ``None`` for the plain arm.
+        The handle; ``None`` for the plain arm.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-        >>> insert_plug_in(network, BatchFormerSettings(drop=0.1)).modules[0].num_heads
+        >>> insert_from_settings(network, BatchFormerSettings(drop=0.1)).modules[0].num_heads
         4
     """
     place: dict[str, Any] = {"before": settings.before} if settings.after is None else {"after": settings.after}
@@ -77,17 +78,18 @@ class OptimizerSettings:
 
     Attributes:
         name: SGD or AdamW.
-        lr: Peak learning rate.
-        momentum: Of SGD.
-        nesterov: Of SGD.
-        weight_decay: Of the network.
+        lr: Peak learning rate of the network, at least 0.
+        momentum: Momentum of SGD, in 0..1.
+        nesterov: Whether SGD uses Nesterov's momentum.
+        weight_decay: Weight decay of the network, at least 0.
         decay_norm_and_bias: Whether norms and biases decay too.
-        schedule: After the warm-up: cosine to zero, times ``gamma`` at each milestone, or constant.
-        milestones: Epochs of ``step``.
+        schedule: Learning rate after the warm-up: ``cosine`` to zero, ``step`` times ``gamma`` at each milestone, or
+            ``constant``.
+        milestones: Epochs at which ``step`` lowers the learning rate.
         gamma: Factor of ``step``.
-        warmup_epochs: Linear warm-up.
-        warmup_start: Learning rate at its first step, as a fraction of the peak.
-        per_epoch: Change the learning rate at the start of epochs only (as some published code does).
+        warmup_epochs: Epochs of linear warm-up.
+        warmup_start: Learning rate at the first step of the warm-up, as a fraction of the peak.
+        per_epoch: Whether the learning rate changes at the start of epochs only, as in some published code.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -102,3 +104,6 @@ class OptimizerSettings:
     warmup_epochs: float = 0.0
     warmup_start: float = 0.0
     per_epoch: bool = False
+
+
+insert_plug_in = insert_from_settings  # TEMPORARY, until all tasks are on the base class
