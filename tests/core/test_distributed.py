@@ -187,6 +187,16 @@ def masks_must_be_on_every_rank_or_on_none(rank: int, world: int) -> None:
         BatchFormer(DIM, gather="all")(torch.randn(2, 3, DIM), mask=mask)
 
 
+def uneven_rows_are_gathered_without_gradient(rank: int, world: int) -> None:
+    """Also from a rank that has none, and integers too."""
+    rows = torch.full((2 * rank, 3), float(rank), requires_grad=True)
+    expected = torch.cat([torch.full((2 * r, 3), float(r)) for r in range(world)])
+    found = distributed.gather_rows(rows)
+    assert torch.equal(found, expected) and not found.requires_grad
+    labels = distributed.gather_rows(torch.arange(rank + 1))
+    assert labels.tolist() == [i for r in range(world) for i in range(r + 1)]
+
+
 def one_sample_each_is_no_single_sample(rank: int, world: int) -> None:
     """No warning (warnings are errors here): there are other samples, on the other rank."""
     assert BatchFormer(DIM, gather="all")(torch.randn(1, DIM)).shape == (2, DIM)
@@ -231,6 +241,7 @@ def test_two_processes(tmp_path: Path) -> None:
         token_counts_must_agree,
         masks_must_be_on_every_rank_or_on_none,
         one_sample_each_is_no_single_sample,
+        uneven_rows_are_gathered_without_gradient,
         compiled,
         wrong_gather_is_seen,  # last: it breaks the gather
     ]
@@ -239,7 +250,7 @@ def test_two_processes(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(240)
 def test_three_processes(tmp_path: Path) -> None:
-    run(3, [plain_processes, under_ddp], tmp_path)
+    run(3, [plain_processes, under_ddp, uneven_rows_are_gathered_without_gradient], tmp_path)
 
 
 def test_without_a_process_group_all_is_none() -> None:

@@ -1,9 +1,11 @@
 """Attention over the batch of all ranks, with exact gradients.
 
-Each rank asks with its own samples and sees the samples of every rank. The backward pass returns to each sample the
-gradient of *all* ranks' losses; keeping only the own part would be silently wrong. Batches may differ in size.
+The queries of a rank are its own samples; the keys and values are the samples of every rank. The backward pass returns
+to each sample the gradient of the losses of *all* ranks: a gather that keeps the own rank's gradient alone gives wrong
+gradients without any error. Batches may differ in size between ranks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +16,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RankRows:
-    """How the rows of a gathered batch are spread over the ranks.
+    """Distribution of the rows of a gathered batch over the ranks.
 
     Attributes:
-        rows: Samples on each rank, in rank order.
-        rank: The own rank within the group.
-        group: Process group; ``None`` is the default one.
+        rows: Number of samples on each rank, in rank order.
+        rank: Number of the own rank within the group.
+        group: Process group; ``None`` is the default group.
     """
 
     rows: tuple[int, ...]
@@ -28,42 +30,41 @@ class RankRows:
 
     @property
     def offset(self) -> int:
-        """Place of the own first row in the gathered batch."""
+        """Index of the own first row in the gathered batch."""
         return sum(self.rows[: self.rank])
 
     def gather(self, x: Tensor) -> Tensor:
-        """Rows of every rank in rank order, (N, ...) -> (sum of rows, ...); differentiable in ``x``."""
+        """Gather the rows of every rank in rank order, (N, ...) -> (sum of rows, ...); differentiable in ``x``."""
         out: Tensor = _GatherRows.apply(x, self)
         return out
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def exchange_rows(x: Tensor, *, masked: bool = False, group: dist.ProcessGroup | None = None) -> RankRows | None:
-    """Tell every rank how many samples the others hold.
+    """Tell every rank how many samples the other ranks hold.
 
-    The one place where a compiled model leaves its graph: the numbers of the other ranks must be known here.
+    A compiled model leaves its graph here and nowhere else, because it needs the numbers of the other ranks.
 
     Args:
-        x: The own samples, (N, T, C).
-        masked: Whether they come with a mask, which is gathered too: a rank without one would leave the others waiting.
-        group: Process group; ``None`` is the default one.
+        x: Samples of the own rank, (N, T, C).
+        masked: True if the samples come with a mask. The mask is gathered too, so a rank without one would make the
+            others wait forever.
+        group: Process group; ``None`` is the default group.
 
     Returns:
-        The sizes, or ``None`` where there is one process only.
+        The numbers of samples, or ``None`` with a single process.
 
     Raises:
-        ValueError: On every rank alike, when any rank has no sample or the ranks differ in tokens, in channels or in
+        ValueError: On every rank alike, if any rank has no sample, or if the ranks differ in tokens, in channels or in
             having a mask.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+    if _world_size(group) == 1:
         return None
-    own = torch.tensor([*x.shape, masked], dtype=torch.int64, device=x.device)
-    every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every, own, group=group)
-    shapes = [tuple(shape.tolist()) for shape in every]
-    if any(shape[0] == 0 for shape in shapes):
+    shapes = _exchange_numbers(torch.tensor([*x.shape, masked], device=x.device), group)
+    rows = tuple(shape[0] for shape in shapes)
+    if 0 in rows:
         raise ValueError(
-            f"Expected at least one sample on every rank, got {[shape[0] for shape in shapes]} samples by rank. "
+            f"Expected at least one sample on every rank, got {list(rows)} samples by rank. "
             "Drop the last incomplete batch (drop_last=True) or use gather='none'."
         )
     if len({shape[3] for shape in shapes}) > 1:
@@ -76,26 +77,60 @@ def exchange_rows(x: Tensor, *, masked: bool = False, group: dist.ProcessGroup |
             f"Expected the same tokens and channels on every rank for gather='all', got {[s[1:3] for s in shapes]} by "
             "rank. Pad to one size, or use gather='none'."
         )
-    return RankRows(tuple(shape[0] for shape in shapes), dist.get_rank(group), group)
+    return RankRows(rows, dist.get_rank(group), group)
+
+
+@torch.no_grad()
+def gather_rows(rows: Tensor) -> Tensor:
+    """Gather the rows of all processes in rank order, equal on every rank and without gradient.
+
+    Args:
+        rows: Rows of the own rank, (n, ...); n may differ between ranks and may be 0.
+
+    Returns:
+        All rows, (sum of n, ...); ``rows`` itself with a single process.
+
+    Example:
+        >>> gather_rows(torch.tensor([1, 2]))
+        tensor([1, 2])
+    """
+    if _world_size(None) == 1:
+        return rows
+    counts = _exchange_numbers(torch.tensor([len(rows)], device=rows.device), None)
+    return _gather_padded(rows, [count for (count,) in counts], None)
 
 
 class _GatherRows(torch.autograd.Function):
-    """All-gather of uneven batches whose backward sums every rank's gradient of the own rows."""
+    """All-gather of uneven batches; its backward pass sums every rank's gradient of the own rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: RankRows) -> Tensor:
         ctx.sizes = sizes
-        longest = max(sizes.rows)
-        padded = x.new_zeros(longest, *x.shape[1:])
-        padded[: x.shape[0]] = x
-        parts = [torch.empty_like(padded) for _ in sizes.rows]
-        dist.all_gather(parts, padded, group=sizes.group)
-        return torch.cat([part[:rows] for part, rows in zip(parts, sizes.rows, strict=True)])
+        return _gather_padded(x, sizes.rows, sizes.group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         sizes: RankRows = ctx.sizes
         total = grads[0].contiguous().clone()
-        # A reduce-scatter would move less, but needs even sizes and is not there on every backend.
+        # A reduce-scatter would move less data, but it needs even sizes and not every backend has it.
         dist.all_reduce(total, group=sizes.group)
         return total[sizes.offset : sizes.offset + sizes.rows[sizes.rank]], None
+
+
+def _world_size(group: dist.ProcessGroup | None) -> int:
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def _exchange_numbers(own: Tensor, group: dist.ProcessGroup | None) -> list[tuple[int, ...]]:
+    every = [torch.empty_like(own) for _ in range(_world_size(group))]
+    dist.all_gather(every, own, group=group)
+    return [tuple(numbers.tolist()) for numbers in every]
+
+
+def _gather_padded(x: Tensor, counts: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+    """Gather by padding every rank's rows to the longest rank, as all_gather takes equal shapes only."""
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[: x.shape[0]] = x
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
