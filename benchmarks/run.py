@@ -266,20 +266,21 @@ def detector_times(seconds: float) -> Table:
 
 
 def detector_step(detector: Any, arm: Any) -> Callable[[], None]:
-    from batchformer.tasks.detection.loss import build_criterion
-    from batchformer.tasks.detection.model import backbone_of, build_detector
+    from batchformer.tasks.detection.loss import detection_criterion
+    from batchformer.tasks.detection.model import build_network
     from batchformer.tasks.detection.settings import LossSettings, NetworkSettings
     from batchformer.tasks.set_prediction.backbone import BackboneSettings
+    from batchformer.tasks.set_prediction.detector import backbone_of
     from batchformer.tasks.set_prediction.from_transformers import use_criterion
     from batchformer.tasks.training.arms import insert_arm
 
     backbone = BackboneSettings("efficientnet_lite0", pretrained=False, trains="nothing", strides=[32])
     sizes: dict[str, Any] = {"d_model": 128, "encoder_layers": 3, "decoder_layers": 3, "ffn_dim": 256}
     settings = NetworkSettings(detector, backbone, num_queries=15, dropout=0.0, feature_levels=1, **sizes)
-    network = build_detector(settings, 8).to(DEVICE).train()
+    network = build_network(settings, 8).to(DEVICE).train()
     handle = insert_arm(network, arm, after=["model.encoder.layers.0"])
     use_criterion(
-        network, build_criterion(LossSettings(), detector, 8, two_streams=lambda: bool(handle and handle.doubles))
+        network, detection_criterion(LossSettings(), detector, 8, two_streams=lambda: bool(handle and handle.doubles))
     )
     pixels = torch.randn(16, 3, 224, 224, device=DEVICE)
     with torch.no_grad():

@@ -12,8 +12,9 @@ from PIL import Image
 from batchformer.data import detection_transforms
 from batchformer.data.errors import DataError, DataNotFoundError
 from batchformer.tasks.detection.data import DetectionData
-from batchformer.tasks.detection.model import backbone_of, build_detector
+from batchformer.tasks.detection.model import build_network
 from batchformer.tasks.detection.settings import NetworkSettings
+from batchformer.tasks.set_prediction.detector import backbone_of
 
 Data = Callable[..., DetectionData]
 
@@ -100,7 +101,7 @@ def test_some_training_images(data: Data) -> None:
 
 def detector(small: Callable[..., NetworkSettings], **settings: Any) -> Any:
     torch.manual_seed(0)
-    return build_detector(small(**settings), 3).eval()
+    return build_network(small(**settings), 3).eval()
 
 
 def test_cached_maps_are_what_the_network_computes(data: Data, small: Callable[..., NetworkSettings]) -> None:

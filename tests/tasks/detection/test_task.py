@@ -11,10 +11,11 @@ import transformers
 from lightning.pytorch import Trainer
 
 from batchformer.tasks.detection.data import DetectionData
-from batchformer.tasks.detection.model import backbone_of, build_detector
+from batchformer.tasks.detection.model import build_network
 from batchformer.tasks.detection.restore import load_network
 from batchformer.tasks.detection.settings import NetworkSettings
 from batchformer.tasks.detection.task import DetectionTask
+from batchformer.tasks.set_prediction.detector import backbone_of
 from batchformer.tasks.set_prediction.from_transformers import set_outputs
 from batchformer.tasks.set_prediction.optimizer import DetectorOptimizerSettings
 from batchformer.tasks.set_prediction.smca.decoder import SpatialPrior
@@ -176,7 +177,7 @@ def test_a_run_on_images_with_a_backbone_that_trains(detector: str, small: Make,
 def test_checkpoints_of_activations_change_no_number(small: Make, data: Make, trainer: Make) -> None:
     if int(transformers.__version__.split(".")[0]) < 5:
         with pytest.raises(ValueError, match="no gradient checkpointing in this version of transformers"):
-            build_detector(small(checkpointing=True), 3)
+            build_network(small(checkpointing=True), 3)
         return
     first = run(small, data, trainer)[0].state_dict()
     second = run(small, data, trainer, checkpointing=True)[0].state_dict()
@@ -237,18 +238,18 @@ def test_the_moving_average_is_tested(small: Make, data: Make, trainer: Make) ->
 )
 def test_wrong_networks(settings: dict[str, Any], message: str, small: Make) -> None:
     with pytest.raises(ValueError, match=message):
-        build_detector(small(**settings), 3)
+        build_network(small(**settings), 3)
 
 
 @pytest.mark.parametrize("refine", [False, True])
 def test_one_decoder_layer_of_deformable_detr_needs_the_proposals_head(refine: bool, small: Make) -> None:
     one = {"decoder_layers": 1, "with_box_refine": refine}
     if int(transformers.__version__.split(".")[0]) < 5:
-        build_detector(small("deformable_detr", **one), 3)
+        build_network(small("deformable_detr", **one), 3)
     else:
         with pytest.raises(ValueError, match="at least 2 for deformable_detr, got 1.*Give 2, or two_stage=true"):
-            build_detector(small("deformable_detr", **one), 3)
-    network = build_detector(small("deformable_detr", two_stage=True, **one), 3).eval()
+            build_network(small("deformable_detr", **one), 3)
+    network = build_network(small("deformable_detr", two_stage=True, **one), 3).eval()
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 64, 64)).logits.shape == (1, 8, 3)
 
@@ -256,7 +257,7 @@ def test_one_decoder_layer_of_deformable_detr_needs_the_proposals_head(refine: b
 @pytest.mark.parametrize(("settings", "numbers"), [({}, [8, 8]), ({"prior_heads": "shared"}, [2])])
 def test_smca_shares_its_gaussian_where_asked(settings: dict[str, Any], numbers: list[int], small: Make) -> None:
     """Four heads with an offset and an extent each, of two numbers; or one extent around the query's own centre."""
-    priors = [m for m in build_detector(small("smca", **settings), 3).modules() if isinstance(m, SpatialPrior)]
+    priors = [m for m in build_network(small("smca", **settings), 3).modules() if isinstance(m, SpatialPrior)]
     assert [[part.out_features for part in prior.children()] for prior in priors] == [numbers] * 2
 
 
@@ -278,6 +279,6 @@ def test_stored_settings_from_before_smca_could_share_its_gaussian(small: Make) 
 def test_published_settings_fill_what_is_left_out(
     detector: str, queries: int, ffn_dim: int, levels: int, small: Make
 ) -> None:
-    config = build_detector(small(detector, num_queries=None, ffn_dim=None, feature_levels=None), 3).config
+    config = build_network(small(detector, num_queries=None, ffn_dim=None, feature_levels=None), 3).config
     assert (config.num_queries, config.encoder_ffn_dim, config.decoder_ffn_dim) == (queries, ffn_dim, ffn_dim)
     assert getattr(config, "num_feature_levels", 1) == levels

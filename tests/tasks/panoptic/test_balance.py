@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchformer.tasks.panoptic.balance import balance
-from batchformer.tasks.panoptic.model import build_detector, with_masks
+from batchformer.tasks.panoptic.model import build_network, with_masks
 from batchformer.tasks.panoptic.settings import NetworkSettings
 from batchformer.tasks.set_prediction.backbone import Backbone, BackboneSettings
 
@@ -18,7 +18,7 @@ def network() -> tuple[Any, Tensor]:
     torch.manual_seed(0)
     backbone = BackboneSettings("efficientnet_lite0", pretrained=False, strides=[4, 8, 16, 32], trains="nothing")
     settings = NetworkSettings("detr", backbone, d_model=64, encoder_layers=1, decoder_layers=1, num_queries=6)
-    made = with_masks(build_detector(settings, 5)).eval()
+    made = with_masks(build_network(settings, 5)).eval()
     with torch.no_grad():
         # As the maps of EfficientNet-Lite0 with its own weights are: far from unit spread.
         next(module for module in made.modules() if isinstance(module, Backbone)).scale.mul_(30)

@@ -9,7 +9,7 @@ from torch import Tensor
 from batchformer import insert
 from batchformer.tasks.panoptic.loss import stage_criterion
 from batchformer.tasks.panoptic.matched import MatchedQueries
-from batchformer.tasks.panoptic.model import build_detector, detector_inside, with_masks
+from batchformer.tasks.panoptic.model import build_network, detector_inside, with_masks
 from batchformer.tasks.panoptic.settings import Detector, LossSettings, NetworkSettings
 from batchformer.tasks.set_prediction.backbone import BackboneSettings
 from batchformer.tasks.set_prediction.criterion import SetCriterion
@@ -50,7 +50,7 @@ def criterion(detector: Detector = "detr") -> SetCriterion:
 def networks(name: Detector = "detr") -> tuple[Any, Any]:
     """The detector, and the network around it with its criterion; fp64."""
     torch.manual_seed(0)
-    detector = build_detector(settings(name), CLASSES).double()
+    detector = build_network(settings(name), CLASSES).double()
     network = with_masks(detector).double()
     use_criterion(network, criterion(name))
     return detector, network
@@ -118,7 +118,7 @@ def test_only_the_mask_head_trains_and_the_detector_keeps_its_mode(name: Detecto
 def test_the_detector_inside_says_what_it_said(name: Detector) -> None:
     """Conditional DETR's boxes too: transformers forgets their reference points inside the network with masks."""
     torch.manual_seed(0)
-    detector = build_detector(settings(name), CLASSES).double().eval()
+    detector = build_network(settings(name), CLASSES).double().eval()
     inputs = {key: value for key, value in batch(1, 1).items() if key != "labels"}
     with torch.no_grad():
         alone = detector(**inputs)
@@ -145,6 +145,6 @@ def test_two_streams_reach_the_masks_and_evaluation_is_the_plain_network() -> No
 def test_sizes_that_do_not_go_together_are_refused() -> None:
     backbone = BackboneSettings("efficientnet_lite0", pretrained=False, strides=[16, 32])
     with pytest.raises(ValueError, match=r"four maps for the mask head.*got \[16, 32\]"):
-        build_detector(NetworkSettings("detr", backbone), 3)
+        build_network(NetworkSettings("detr", backbone), 3)
     with pytest.raises(ValueError, match="d_model=40 and num_heads=8"):
-        build_detector(settings(d_model=40), 3)
+        build_network(settings(d_model=40), 3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from batchformer.tasks.detection.model import build_detector
+from batchformer.tasks.detection.model import build_network
 from batchformer.tasks.detection.settings import NetworkSettings
 from batchformer.tasks.set_prediction.backbone import BackboneSettings
 from batchformer.tasks.set_prediction.decoder_norm import normalize_copies
@@ -21,7 +21,7 @@ def detectors(kind: Any, **settings: Any) -> tuple[Any, Any]:
     torch.manual_seed(0)
     size: dict[str, Any] = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 3, "ffn_dim": 32, "num_queries": 6}
     backbone = BackboneSettings("resnet18", pretrained=False, strides=[32])
-    ours = build_detector(NetworkSettings(kind, backbone, dropout=0.0, **size, **settings), 3)
+    ours = build_network(NetworkSettings(kind, backbone, dropout=0.0, **size, **settings), 3)
     with torch.no_grad():  # a norm that has learned, or two of them equal one
         ours.model.decoder.layernorm.weight.uniform_(0.2, 2.0)
         ours.model.decoder.layernorm.bias.normal_()

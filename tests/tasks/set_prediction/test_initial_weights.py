@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from batchformer.tasks.detection.model import build_detector
+from batchformer.tasks.detection.model import build_network
 from batchformer.tasks.detection.settings import NetworkSettings
 from batchformer.tasks.set_prediction.backbone import BackboneSettings
 
@@ -20,7 +20,7 @@ OUT = "o_proj.weight" if int(transformers.__version__.split(".")[0]) >= 5 else "
 def detector(kind: Any, **settings: Any) -> Any:
     torch.manual_seed(0)
     backbone = BackboneSettings("resnet18", pretrained=False, strides=[32])
-    return build_detector(NetworkSettings(kind, backbone, feature_levels=1, **SIZES, **settings), 5).eval()
+    return build_network(NetworkSettings(kind, backbone, feature_levels=1, **SIZES, **settings), 5).eval()
 
 
 def run(network: Any) -> Any:

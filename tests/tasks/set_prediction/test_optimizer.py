@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from batchformer.tasks.detection.model import build_detector
+from batchformer.tasks.detection.model import build_network
 from batchformer.tasks.detection.settings import NetworkSettings
 from batchformer.tasks.set_prediction.backbone import BackboneSettings
 from batchformer.tasks.set_prediction.optimizer import DetectorOptimizerSettings, parameter_groups
@@ -19,7 +19,7 @@ RATES = DetectorOptimizerSettings(lr=1e-3, backbone_lr=1e-4, weight_decay=0.01)
 def detector(kind: Any = "deformable_detr", trains: Any = "from_stride_8", arm: Any = "batchformer") -> Any:
     backbone = BackboneSettings("resnet18", pretrained=False, trains=trains, strides=[32])
     sizes: dict[str, Any] = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "ffn_dim": 16, "num_queries": 5}
-    made = build_detector(NetworkSettings(kind, backbone, feature_levels=1, **sizes), 3)
+    made = build_network(NetworkSettings(kind, backbone, feature_levels=1, **sizes), 3)
     insert_arm(made, arm, after=["model.encoder.layers.0"])
     return made
 

@@ -1,16 +1,16 @@
-"""The loss of a detector, with the weights that it was published with."""
+"""The loss of a detection run."""
 
 from collections.abc import Callable, Sequence
 
-from batchformer.tasks.set_prediction.criterion import LossWeights, SetCriterion
-from batchformer.tasks.set_prediction.matching import MatchCosts
+from batchformer.tasks.set_prediction.criterion import SetCriterion, build_criterion
+from batchformer.tasks.set_prediction.settings import KINDS, Detector
 
-from .settings import PUBLISHED, Detector, LossSettings
+from .settings import LossSettings
 
-__all__ = ["build_criterion"]
+__all__ = ["detection_criterion"]
 
 
-def build_criterion(
+def detection_criterion(
     settings: LossSettings,
     detector: Detector,
     num_classes: int,
@@ -18,44 +18,21 @@ def build_criterion(
     two_streams: bool | Callable[[], bool] = False,
     stream_weights: Sequence[float] = (1.0, 1.0),
 ) -> SetCriterion:
-    """The criterion of a run.
+    """Build the criterion of a detection run; see :func:`batchformer.tasks.set_prediction.criterion.build_criterion`.
 
     Args:
-        settings: The loss.
-        detector: Whose published settings fill what is ``None``.
-        num_classes: K.
-        two_streams: Whether the rows are [plain; mixed], or what tells.
-        stream_weights: Of the plain and the mixed stream.
-
-    Source:
-        DETR, appendix A.4; Conditional DETR, section 3.5; Deformable DETR, appendix A.4.
+        settings: Weights of the terms and costs of the matching.
+        detector: Name of the detector, whose published values replace ``None``.
+        num_classes: K, number of classes without "no object".
+        two_streams: Whether the rows are [plain; mixed], or a function that tells.
+        stream_weights: Weights of the plain and of the mixed stream.
 
     Example:
-        >>> build_criterion(LossSettings(), "conditional_detr", 3).weights
+        >>> detection_criterion(LossSettings(), "conditional_detr", 3).weights
         LossWeights(class_=2.0, l1=5.0, giou=2.0, mask=1.0, dice=1.0)
-        >>> build_criterion(LossSettings(), "detr", 3).kind
+        >>> detection_criterion(LossSettings(), "detr", 3).kind
         'softmax'
     """
-    kind = PUBLISHED[detector]["kind"]
-    usual = 1.0 if kind == "softmax" else 2.0
-    return SetCriterion(
-        num_classes=num_classes,
-        kind=kind,
-        weights=LossWeights(
-            class_=usual if settings.class_weight is None else settings.class_weight,
-            l1=settings.l1_weight,
-            giou=settings.giou_weight,
-        ),
-        costs=MatchCosts(
-            kind,
-            class_=usual if settings.class_cost is None else settings.class_cost,
-            l1=settings.l1_cost,
-            giou=settings.giou_cost,
-        ),
-        eos=settings.no_object_weight,
-        alpha=settings.alpha,
-        gamma=settings.gamma,
-        cardinality=False,
-        two_streams=two_streams,
-        stream_weights=stream_weights,
+    return build_criterion(
+        KINDS[detector], num_classes, **vars(settings), two_streams=two_streams, stream_weights=stream_weights
     )

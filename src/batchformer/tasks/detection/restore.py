@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from batchformer.tasks.set_prediction.backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneSettings
+from batchformer.tasks.set_prediction.settings import KINDS
 from batchformer.tasks.training.contract import Exportable
 
-from .model import build_detector
-from .settings import PUBLISHED, NetworkSettings
+from .model import build_network
+from .settings import NetworkSettings
 
 __all__ = ["DataFacts", "Restored", "exportable", "load_network"]
 
@@ -74,7 +75,7 @@ class Restored(NamedTuple):
     @property
     def kind(self) -> Any:
         """How scores follow from logits, see `detections`."""
-        return PUBLISHED[self.settings.detector]["kind"]
+        return KINDS[self.settings.detector]
 
 
 def load_network(run: str | Path) -> Restored:
@@ -95,7 +96,7 @@ def load_network(run: str | Path) -> Restored:
     settings = NetworkSettings(**{**stored["network"], "backbone": backbone})
     facts = DataFacts.read(stored["data"])
     with torch.random.fork_rng():
-        network = build_detector(settings, len(facts.classes))
+        network = build_network(settings, len(facts.classes))
     prefix = "network."
     state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     network.load_state_dict({k: v for k, v in state.items() if not k.startswith("batchformer.")})

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from batchformer.data.samplers import derive_seed
 from batchformer.insertion import Handle
+from batchformer.tasks.set_prediction.detector import backbone_of
 from batchformer.tasks.set_prediction.from_transformers import use_criterion
 from batchformer.tasks.set_prediction.optimizer import DetectorOptimizerSettings, parameter_groups
 from batchformer.tasks.training.averaging import MovingAverage
@@ -19,9 +20,9 @@ from batchformer.tasks.training.contract import ClassResult
 from batchformer.tasks.training.schedule import DIVERGED, optimization
 from batchformer.tasks.training.settings import BatchFormerSettings, insert_plug_in
 
-from .loss import build_criterion
+from .loss import detection_criterion
 from .metrics import DetectionMetrics
-from .model import backbone_of, build_detector
+from .model import build_network
 from .restore import DataFacts
 from .settings import LossSettings, NetworkSettings
 
@@ -76,10 +77,10 @@ class DetectionTask(LightningModule):
             self.facts = DataFacts.of(data)
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
-                self.network = build_detector(self.network_settings, len(self.facts.classes))
+                self.network = build_network(self.network_settings, len(self.facts.classes))
                 torch.manual_seed(derive_seed(self.seed, 1))
                 self.handle = insert_plug_in(self.network, self.plug_in)
-            criterion = build_criterion(
+            criterion = detection_criterion(
                 self.loss_settings,
                 self.network_settings.detector,
                 len(self.facts.classes),

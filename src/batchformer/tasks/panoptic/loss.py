@@ -1,12 +1,12 @@
-"""The loss of both stages: set prediction's, with the terms that the stage can learn from."""
+"""The loss of both stages: the terms of set prediction that the stage can learn from."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from batchformer.tasks.set_prediction.criterion import LossWeights, SetCriterion
-from batchformer.tasks.set_prediction.matching import MatchCosts
+from batchformer.tasks.set_prediction.criterion import SetCriterion, build_criterion
+from batchformer.tasks.set_prediction.settings import KINDS
 
-from .settings import KINDS, Detector, LossSettings
+from .settings import Detector, LossSettings
 
 __all__ = ["stage_criterion"]
 
@@ -20,18 +20,18 @@ def stage_criterion(
     two_streams: bool | Callable[[], bool] = False,
     stream_weights: Sequence[float] = (1.0, 1.0),
 ) -> SetCriterion:
-    """The criterion of a stage.
+    """Build the criterion of a stage.
 
-    The mask head learns from the masks' focal and dice loss alone: the detector under it is frozen, its own terms would
-    be constants in the sum. Matching is the same in both stages.
+    The mask head learns from the masks' focal and dice loss alone: the detector inside is frozen, and its own terms
+    would be constants in the sum. Both stages match queries and segments alike.
 
     Args:
-        settings: Weights.
-        detector: Whose loss it is.
-        num_classes: K, things and stuff together.
-        stage: Which.
-        two_streams: Whether the rows are [plain; mixed], or what tells.
-        stream_weights: Of the plain and the mixed stream.
+        settings: Weights of the terms; those of class and boxes are the costs of the matching too.
+        detector: Name of the detector.
+        num_classes: K, number of classes, things and stuff together.
+        stage: Part of the network that learns.
+        two_streams: Whether the rows are [plain; mixed], or a function that tells.
+        stream_weights: Weights of the plain and of the mixed stream.
 
     Source:
         Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, sections 3.1 and 4.4, and
@@ -41,23 +41,14 @@ def stage_criterion(
         >>> stage_criterion(LossSettings(), "detr", 7, "masks").weights
         LossWeights(class_=0.0, l1=0.0, giou=0.0, mask=1.0, dice=1.0)
     """
-    kind = KINDS[detector]
-    class_weight = settings.class_weight
-    if class_weight is None:
-        class_weight = 1.0 if kind == "softmax" else 2.0
-    if stage == "masks":
-        weights = LossWeights(class_=0.0, l1=0.0, giou=0.0, mask=settings.mask_weight, dice=settings.dice_weight)
-    else:
-        weights = LossWeights(class_weight, settings.l1_weight, settings.giou_weight)
-    return SetCriterion(
+    return build_criterion(
+        KINDS[detector],
         num_classes,
-        kind,
-        weights,
-        MatchCosts(kind, class_weight, settings.l1_weight, settings.giou_weight),
-        eos=settings.no_object_weight,
-        alpha=settings.alpha,
-        gamma=settings.gamma,
-        cardinality=False,
+        **vars(settings),
+        class_cost=settings.class_weight,
+        l1_cost=settings.l1_weight,
+        giou_cost=settings.giou_weight,
+        masks_alone=stage == "masks",
         two_streams=two_streams,
         stream_weights=stream_weights,
     )

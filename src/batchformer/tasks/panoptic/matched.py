@@ -29,12 +29,12 @@ class MatchedQueries:
         costs: Of the matching, the criterion's own.
 
     Example:
-        >>> from batchformer.tasks.panoptic.model import build_detector, with_masks
+        >>> from batchformer.tasks.panoptic.model import build_network, with_masks
         >>> from batchformer.tasks.panoptic.settings import NetworkSettings
         >>> from batchformer.tasks.set_prediction.backbone import BackboneSettings
         >>> backbone = BackboneSettings("efficientnet_lite0", pretrained=False, strides=[4, 8, 16, 32])
         >>> small = NetworkSettings("detr", backbone, d_model=32, encoder_layers=1, decoder_layers=1, num_queries=5)
-        >>> network = with_masks(build_detector(small, 7))
+        >>> network = with_masks(build_network(small, 7))
         >>> matched = MatchedQueries(network, MatchCosts())
         >>> matched.remove()
     """

@@ -1,34 +1,33 @@
 """The two networks: a detector of transformers, and the same with a mask head; both as they are, nothing edited."""
 
 import copy
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from batchformer.tasks.set_prediction.backbone import Backbone, create_backbone, replace_backbone, stand_in
-from batchformer.tasks.set_prediction.checkpointing import checkpoint_gradients
-from batchformer.tasks.set_prediction.decoder_norm import normalize_copies
-from batchformer.tasks.set_prediction.initial_weights import initialize
+from batchformer.tasks.set_prediction.backbone import Backbone
+from batchformer.tasks.set_prediction.detector import detector_from_settings
 
 from .settings import NetworkSettings
 
-__all__ = ["build_detector", "detector_inside", "with_masks"]
+__all__ = ["build_network", "detector_inside", "with_masks"]
 
 
-def build_detector(settings: NetworkSettings, num_classes: int) -> Any:
-    """A ``DetrForObjectDetection`` or ``ConditionalDetrForObjectDetection`` of segments: things and stuff alike.
+def build_network(settings: NetworkSettings, num_classes: int) -> Any:
+    """Build the detector of segments, things and stuff alike, on which a mask head can be put.
 
     Args:
-        settings: The network.
-        num_classes: K, things and stuff together.
+        settings: Settings of the network.
+        num_classes: K, number of classes, things and stuff together.
 
     Returns:
-        The detector, in training mode.
+        A ``DetrForObjectDetection`` or ``ConditionalDetrForObjectDetection`` in training mode.
 
     Raises:
-        ValueError: When the backbone does not give four maps, or for sizes that do not go together.
-        OSError: When pretrained weights could not be had; says what to do.
+        ValueError: When the backbone does not give four maps, or sizes do not fit together.
+        OSError: When the backbone's weights cannot be fetched.
 
     Source:
         Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, section 4.4: boxes are predicted for
@@ -38,11 +37,9 @@ def build_detector(settings: NetworkSettings, num_classes: int) -> Any:
         >>> from batchformer.tasks.set_prediction.backbone import BackboneSettings
         >>> backbone = BackboneSettings("efficientnet_lite0", pretrained=False, strides=[4, 8, 16, 32])
         >>> small = NetworkSettings("detr", backbone, d_model=32, encoder_layers=1, decoder_layers=1, num_queries=5)
-        >>> type(build_detector(small, num_classes=7)).__name__
+        >>> type(build_network(small, num_classes=7)).__name__
         'DetrForObjectDetection'
     """
-    import transformers
-
     if len(settings.backbone.strides) != 4:
         raise ValueError(
             f"Expected four maps for the mask head, model.network.backbone.strides=[4,8,16,32] for example, got "
@@ -54,31 +51,15 @@ def build_detector(settings: NetworkSettings, num_classes: int) -> Any:
             f"Expected d_model to be a multiple of num_heads and of 16, and their sum one of 8, got d_model={width} "
             f"and num_heads={heads}. Take num_heads=8."
         )
-    backbone = create_backbone(settings.backbone)
-    name = {"detr": "Detr", "conditional_detr": "ConditionalDetr"}[settings.detector]
-    config = getattr(transformers, f"{name}Config")(
-        **stand_in(backbone),
-        num_labels=num_classes,
-        num_queries=settings.num_queries,
-        d_model=width,
-        encoder_layers=settings.encoder_layers,
-        decoder_layers=settings.decoder_layers,
-        encoder_attention_heads=heads,
-        decoder_attention_heads=heads,
-        encoder_ffn_dim=settings.ffn_dim,
-        decoder_ffn_dim=settings.ffn_dim,
-        dropout=settings.dropout,
-        attention_dropout=settings.dropout,  # as published; transformers leaves these two at 0
-        activation_dropout=settings.dropout,
-        auxiliary_loss=True,
+    return detector_from_settings(settings, num_classes)
+
+
+def build_detector(settings: NetworkSettings, num_classes: int) -> Any:
+    """Deprecated name of `build_network`."""
+    warnings.warn(
+        "batchformer.tasks.panoptic.model.build_detector is now called build_network.", DeprecationWarning, stacklevel=2
     )
-    detector = getattr(transformers, f"{name}ForObjectDetection")(config)
-    replace_backbone(detector, backbone)
-    initialize(detector)
-    normalize_copies(detector)
-    if settings.checkpointing:
-        checkpoint_gradients(detector)
-    return detector.train()
+    return build_network(settings, num_classes)
 
 
 def with_masks(detector: Any) -> Any:
@@ -88,7 +69,7 @@ def with_masks(detector: Any) -> Any:
     published. It becomes a part of the network, under the name that `detector_inside` says.
 
     Args:
-        detector: From `build_detector`, without BatchFormer.
+        detector: From `build_network`, without BatchFormer.
 
     Returns:
         The network, in training mode: ``logits``, ``pred_boxes (B, Q, 4)``, and ``pred_masks (B, Q, h, w)`` at the
@@ -101,7 +82,7 @@ def with_masks(detector: Any) -> Any:
         >>> from batchformer.tasks.set_prediction.backbone import BackboneSettings
         >>> backbone = BackboneSettings("efficientnet_lite0", pretrained=False, strides=[4, 8, 16, 32])
         >>> small = NetworkSettings("detr", backbone, d_model=32, encoder_layers=1, decoder_layers=1, num_queries=5)
-        >>> network = with_masks(build_detector(small, num_classes=7)).eval()
+        >>> network = with_masks(build_network(small, num_classes=7)).eval()
         >>> network(torch.zeros(1, 3, 64, 64)).pred_masks.shape
         torch.Size([1, 5, 16, 16])
         >>> sorted({name.split(".")[0] for name, p in network.named_parameters() if p.requires_grad})

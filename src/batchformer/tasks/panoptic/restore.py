@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from batchformer.tasks.set_prediction.backbone import IMAGENET_MEAN, IMAGENET_STD, BackboneSettings
 from batchformer.tasks.set_prediction.matching import Kind
+from batchformer.tasks.set_prediction.settings import KINDS
 from batchformer.tasks.training.contract import Exportable
 
-from .model import build_detector, with_masks
-from .settings import KINDS, NetworkSettings, PostprocessSettings
+from .model import build_network, with_masks
+from .settings import NetworkSettings, PostprocessSettings
 
 __all__ = ["DataFacts", "Restored", "Stored", "exportable", "load_network", "read_checkpoint"]
 
@@ -154,7 +155,7 @@ def load_network(run: str | Path) -> Restored:
     """
     stored = read_checkpoint(run)
     with torch.random.fork_rng():
-        network = build_detector(stored.settings, len(stored.facts.classes))
+        network = build_network(stored.settings, len(stored.facts.classes))
         network.load_state_dict(stored.detector)
         if stored.part == "masks":
             network = with_masks(network)

@@ -4,64 +4,40 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from batchformer.tasks.set_prediction.backbone import BackboneSettings
-from batchformer.tasks.set_prediction.matching import Kind
+from batchformer.tasks.set_prediction.settings import DetectorSettings, SetLossSettings
 
 Detector = Literal["detr", "conditional_detr"]
-KINDS: dict[str, Kind] = {"detr": "softmax", "conditional_detr": "focal"}
-"""How each detector's logits become scores, as published."""
 
 
 @dataclass
-class NetworkSettings:
-    """The network: a detector, and DETR's mask head.
+class NetworkSettings(DetectorSettings):
+    """The network: a detector, and later DETR's mask head on it.
 
     Attributes:
-        detector: Which one. Panoptic segmentation was published with ``detr``; ``conditional_detr`` was published to
-            converge 6.7 to 10 times as fast.
-        backbone: Its maps; four of them, finest first. The detector takes the last, the mask head all.
+        detector: Name of the detector. Panoptic segmentation was published with ``detr``; ``conditional_detr`` was
+            published to converge 6.7 to 10 times as fast.
+        backbone: Network that computes four maps; the detector attends over the last, the mask head uses all.
         d_model: Width of the transformer, a multiple of 16.
-        encoder_layers: Of the transformer.
-        decoder_layers: Of the transformer.
-        num_heads: Of all attention in it; ``d_model + num_heads`` is a multiple of 8.
-        ffn_dim: Width of its feed-forward parts.
-        num_queries: The most segments of an image.
-        dropout: In the transformer.
-        checkpointing: Gradient checkpointing: less memory, more time, the same numbers.
+        num_heads: Number of heads of every attention in the transformer; ``d_model + num_heads`` is a multiple of 8.
+        ffn_dim: Width of the transformer's feed-forward layers.
+        num_queries: Largest number of segments that the network can find in an image.
     """
 
     detector: Detector = "detr"
     backbone: BackboneSettings = field(default_factory=lambda: BackboneSettings(strides=[4, 8, 16, 32]))
-    d_model: int = 256
-    encoder_layers: int = 6
-    decoder_layers: int = 6
-    num_heads: int = 8
-    ffn_dim: int = 2048
-    num_queries: int = 100
-    dropout: float = 0.1
-    checkpointing: bool = False
+    ffn_dim: int | None = 2048
+    num_queries: int | None = 100
 
 
 @dataclass
-class LossSettings:
-    """Weights of the loss; the matching has the same for class and boxes.
+class LossSettings(SetLossSettings):
+    """Weights of the loss; the matching uses those of class and boxes.
 
     Attributes:
-        class_weight: Of the class term; ``None`` is 1 for DETR and 2 for Conditional DETR, as published.
-        l1_weight: Of the boxes' distance.
-        giou_weight: Of the boxes' overlap.
-        no_object_weight: Of "no object" in the cross-entropy (DETR).
-        alpha: Of the focal loss (Conditional DETR).
-        gamma: Of the focal loss.
-        mask_weight: Of the masks' focal loss.
-        dice_weight: Of their dice loss.
+        mask_weight: Weight of the focal loss of the masks.
+        dice_weight: Weight of the dice loss of the masks.
     """
 
-    class_weight: float | None = None
-    l1_weight: float = 5.0
-    giou_weight: float = 2.0
-    no_object_weight: float = 0.1
-    alpha: float = 0.25
-    gamma: float = 2.0
     mask_weight: float = 1.0
     dice_weight: float = 1.0
 

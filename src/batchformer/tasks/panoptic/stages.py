@@ -8,7 +8,7 @@ from torch import nn
 from batchformer.insertion import Handle
 from batchformer.tasks.training.settings import BatchFormerSettings, insert_plug_in
 
-from .model import build_detector, detector_inside, with_masks
+from .model import build_network, detector_inside, with_masks
 from .restore import DataFacts, read_checkpoint
 from .settings import NetworkSettings
 
@@ -38,7 +38,7 @@ def detector_of(
             f"Expected a detector of the {len(facts.classes)} classes of the data, got one of "
             f"{len(stored.facts.classes)} or others. Take the run that was trained on this data."
         )
-    detector = build_detector(stored.settings, len(facts.classes))
+    detector = build_network(stored.settings, len(facts.classes))
     detector.load_state_dict(stored.detector)
     handle = None if plug_in is None else insert_plug_in(detector, plug_in)
     if handle is not None:

@@ -18,6 +18,7 @@ from batchformer.tasks.set_prediction.backbone import Backbone
 from batchformer.tasks.set_prediction.from_transformers import Installed, use_criterion
 from batchformer.tasks.set_prediction.optimizer import DetectorOptimizerSettings, parameter_groups
 from batchformer.tasks.set_prediction.postprocess import detections
+from batchformer.tasks.set_prediction.settings import KINDS
 from batchformer.tasks.training.contract import ClassResult
 from batchformer.tasks.training.schedule import optimization
 from batchformer.tasks.training.settings import BatchFormerSettings, insert_plug_in
@@ -28,10 +29,10 @@ from .loss import stage_criterion
 from .maps import PanopticMap
 from .matched import MatchedQueries
 from .metrics import PanopticMetrics
-from .model import build_detector
+from .model import build_network
 from .postprocess import Frame, instances, panoptic_map
 from .restore import DataFacts, Part
-from .settings import KINDS, LossSettings, NetworkSettings, PostprocessSettings, StageSettings
+from .settings import LossSettings, NetworkSettings, PostprocessSettings, StageSettings
 from .stages import add_mask_head, detector_of
 
 DIVERGED = (
@@ -110,7 +111,7 @@ class PanopticTask(LightningModule):
                     start = cast(str, self.stage.start_from)
                     self.network_settings, self.network, self.handle = detector_of(start, self.facts, plug_in)
                 else:
-                    self.network = build_detector(self.network_settings, len(self.facts.classes))
+                    self.network = build_network(self.network_settings, len(self.facts.classes))
                     torch.manual_seed(derive_seed(self.seed, 1))
                     self.handle = insert_plug_in(self.network, self.plug_in)
             self._use_criterion()

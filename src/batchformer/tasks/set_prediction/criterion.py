@@ -19,7 +19,7 @@ from torch import Tensor
 from . import loss_terms as terms
 from .matching import Kind, MatchCosts, Matches, Stage, match_stages, moved, pack
 
-__all__ = ["LossWeights", "SetCriterion", "SetOutputs"]
+__all__ = ["LossWeights", "SetCriterion", "SetOutputs", "build_criterion"]
 
 _WEIGHT_OF = {"loss_ce": "class_", "loss_bbox": "l1", "loss_giou": "giou", "loss_mask": "mask", "loss_dice": "dice"}
 
@@ -221,6 +221,73 @@ class SetCriterion:
         if self.cardinality:
             found["cardinality_error"] = terms.cardinality_error(logits_LNQK, targets.sizes, kind=self.kind)
         return found
+
+
+def build_criterion(
+    kind: Kind,
+    num_classes: int,
+    *,
+    class_weight: float | None = None,
+    l1_weight: float = 5.0,
+    giou_weight: float = 2.0,
+    no_object_weight: float = 0.1,
+    class_cost: float | None = None,
+    l1_cost: float = 5.0,
+    giou_cost: float = 2.0,
+    mask_weight: float = 1.0,
+    dice_weight: float = 1.0,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    masks_alone: bool = False,
+    two_streams: bool | Callable[[], bool] = False,
+    stream_weights: Sequence[float] = (1.0, 1.0),
+) -> SetCriterion:
+    """Build the criterion of a detector, or of the mask head on it; the defaults are the published values.
+
+    Args:
+        kind: "softmax" for DETR, "focal" for Conditional DETR, Deformable DETR and SMCA.
+        num_classes: K, number of classes without "no object".
+        class_weight: Weight of the class term; ``None``: 1 with "softmax", 2 with "focal".
+        l1_weight: Weight of the L1 distance of the boxes.
+        giou_weight: Weight of 1 minus the generalised IoU of the boxes.
+        no_object_weight: Weight of "no object" in the cross-entropy of the "softmax" kind.
+        class_cost: Weight of the class in the matching; ``None``: 1 with "softmax", 2 with "focal".
+        l1_cost: Weight of the L1 distance of the boxes in the matching.
+        giou_cost: Weight of the generalised IoU of the boxes in the matching.
+        mask_weight: Weight of the focal loss of the masks.
+        dice_weight: Weight of the dice loss of the masks.
+        alpha: Weight of a hit in the focal loss of the classes, in 0..1.
+        gamma: Exponent of the focal loss of the classes, at least 0.
+        masks_alone: Whether only the terms of the masks count: on a frozen detector the other terms are constants.
+            The matching stays the same.
+        two_streams: Whether the rows are [plain; mixed], or a function that tells.
+        stream_weights: Weights of the plain and of the mixed stream.
+
+    Source:
+        DETR, appendices A.2 and A.4; Conditional DETR, section 3.5; Deformable DETR, appendix A.4.
+
+    Example:
+        >>> build_criterion("focal", 3).weights
+        LossWeights(class_=2.0, l1=5.0, giou=2.0, mask=1.0, dice=1.0)
+        >>> build_criterion("softmax", 3, masks_alone=True).weights
+        LossWeights(class_=0.0, l1=0.0, giou=0.0, mask=1.0, dice=1.0)
+    """
+    published = 1.0 if kind == "softmax" else 2.0
+    weights = LossWeights(published if class_weight is None else class_weight, l1_weight, giou_weight)
+    if masks_alone:
+        weights = LossWeights(class_=0.0, l1=0.0, giou=0.0)
+    return SetCriterion(
+        num_classes,
+        kind,
+        replace(weights, mask=mask_weight, dice=dice_weight),
+        MatchCosts(kind, published if class_cost is None else class_cost, l1_cost, giou_cost),
+        eos=no_object_weight,
+        alpha=alpha,
+        gamma=gamma,
+        cardinality=False,
+        two_streams=two_streams,
+        stream_weights=stream_weights,
+    )
 
 
 def _mask_terms(
