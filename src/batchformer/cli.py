@@ -252,6 +252,7 @@ def _fit(arguments: argparse.Namespace) -> None:
 
     recipe = find_recipe(arguments.recipe)  # before the slow imports
     from .engine.config import dump, parse
+    from .engine.metrics import line
     from .engine.run import first_rank, fit, quiet
 
     if arguments.print_config:
@@ -268,14 +269,17 @@ def _fit(arguments: argparse.Namespace) -> None:
         recipe.path, arguments.overrides, folder, name=recipe.name, resume=arguments.resume, command=arguments.command
     )
     if first_rank():
-        print(_metrics_line(result["metrics"]))
+        print(line(result["metrics"], result.get("measures", ())))
         print(f"Run: {folder}")
 
 
 def _test(arguments: argparse.Namespace) -> None:
+    from .engine.config import measures_of
+    from .engine.metrics import line
     from .engine.run import test
 
-    print(_metrics_line(test(Path(arguments.run_folder))))
+    run = Path(arguments.run_folder)
+    print(line(test(run), measures_of(run)))
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -377,10 +381,6 @@ def _run_name(recipe: str, overrides: Sequence[str]) -> str:
 
 def _slug(name: str) -> str:
     return name.replace("/", "-").strip(".-")
-
-
-def _metrics_line(metrics: dict[str, float | None]) -> str:
-    return ", ".join(f"{name} {'-' if value is None else f'{100 * value:.2f} %'}" for name, value in metrics.items())
 
 
 def _print_columns(rows: Sequence[tuple[str, ...]]) -> None:

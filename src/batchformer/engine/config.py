@@ -3,7 +3,9 @@
 import contextlib
 import difflib
 import io
+import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -15,28 +17,37 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from .tasks import TASKS, task_classes, task_part
+from .errors import ConfigError
+from .stages import StageSettings, fold
+from .tasks import task_class, task_part, tasks
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
 INSTEAD = {"trainer.precision": "precision", "data.seed": "seed", "model.seed": "seed", "seed_everything": "seed"}
 """Settings that follow from others."""
+RUN_CONFIG = "config.yaml"
+"""Name of the resolved settings in a run folder."""
 CIRCUMSTANCES = ("default_root_dir", "enable_progress_bar")
 """Arguments of the Trainer that say where a run happens, not what it is: a run may be moved, and go on anywhere."""
-
-
-class ConfigError(ValueError):
-    """Everything that is wrong with a recipe and its overrides, in one message."""
 
 
 class _Cli(LightningCLI):
     """Lightning's command line without its verbs: parses, links the seed and the precision, instantiates."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        tasks = Literal[tuple(TASKS)]  # type: ignore[valid-type]
-        parser.add_argument("--task", type=tasks, default="longtail", help="Which task the recipe is of.")
-        parser.add_argument("--seed", type=int, default=0, help="Of weights, data order, augmentation and dropout.")
+        known = Literal[tuple(tasks())]  # type: ignore[valid-type]
+        parser.add_argument("--task", type=known, default="longtail", help="Task that the recipe is for.")
+        parser.add_argument(
+            "--seed", type=int, default=0, help="Seed of initial weights, data order, augmentation and dropout."
+        )
         parser.add_argument(
             "--precision", type=Precision, default="auto", help="auto: bf16 where the processor has it, else fp32."
+        )
+        parser.add_argument(
+            "--stages",
+            type=list[StageSettings] | None,
+            default=None,
+            help="Stages that are fitted in turn, each with name, epochs and settings; one setting of one stage: "
+            "--stages.NAME.epochs=5.",
         )
         parser.link_arguments("seed", "data.seed")
         parser.link_arguments("seed", "model.seed")
@@ -49,7 +60,15 @@ class _Cli(LightningCLI):
                 # Not super(): it warns of every command line that it does not read itself.
                 self.config = parser.parse_args(args)
         except (ArgumentError, SystemExit) as error:
-            raise ConfigError(_all_problems(parser, list(args), error)) from None
+            raise _Refused(parser, error) from None
+
+
+class _Refused(Exception):
+    """A command line that the parser refuses, with the parser and its own word."""
+
+    def __init__(self, parser: LightningArgumentParser, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.parser, self.error = parser, error
 
 
 def parse(recipe: Path, overrides: Sequence[str] = (), **trainer_defaults: Any) -> LightningCLI:
@@ -61,17 +80,20 @@ def parse(recipe: Path, overrides: Sequence[str] = (), **trainer_defaults: Any) 
         trainer_defaults: Arguments of the Trainer that are not the recipe's business (folders, callbacks).
 
     Returns:
-        With ``.model``, ``.datamodule``, ``.trainer``, ``.config`` and ``.parser``.
+        Lightning's command line with ``.model``, ``.datamodule``, ``.trainer``, ``.config`` and ``.parser``.
 
     Raises:
         ConfigError: For unknown keys, with the nearest ones, and values of the wrong type; all in one message.
     """
-    task, data = task_classes(task_of(recipe))
+    task = task_class(task_of(recipe))
+    overrides = fold(overrides, _read(recipe).get("stages"))
+    given, problems = _given(recipe, overrides)
+    source, words = _in_todays_terms(task, recipe, overrides, given)
     try:
         return _Cli(
             task,
-            data,
-            args=["--config", str(recipe), *overrides],
+            task.data_type,
+            args=["--config", source, *words],
             run=False,
             save_config_callback=None,
             seed_everything_default=False,
@@ -80,8 +102,40 @@ def parse(recipe: Path, overrides: Sequence[str] = (), **trainer_defaults: Any) 
             parser_kwargs={"exit_on_error": False},
             auto_configure_optimizers=False,
         )
+    except _Refused as refused:
+        raise ConfigError(_all_problems(refused.parser, refused.error, recipe, given, problems)) from None
     except MisconfigurationException as error:  # the Trainer's word on arguments that do not go together
         raise ConfigError(str(error)) from error
+
+
+def _in_todays_terms(
+    task: Any, recipe: Path, overrides: Sequence[str], given: dict[str, list[Any]]
+) -> tuple[str, list[str]]:
+    """Return what the parser reads: recipe and overrides, or one text where a setting is of an older version."""
+    before = {key: readings[0] for key, readings in given.items()}
+    now = task.translate_settings(dict(before))
+    if now == before:
+        return str(recipe), list(overrides)
+    if recipe.name != RUN_CONFIG:
+        gone, new = ([key for key in one if key not in other] for one, other in ((before, now), (now, before)))
+        warnings.warn(
+            f"Settings of an older version in {recipe} or its overrides: {', '.join(gone)}. In today's terms they are: "
+            f"{', '.join(f'{key}={now[key]}' for key in new)}.",
+            FutureWarning,
+            stacklevel=3,
+        )
+    return yaml.safe_dump(_nested(now), sort_keys=False), []
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *groups, name = key.split(".")
+        inside = tree
+        for group in groups:
+            inside = inside.setdefault(group, {})
+        inside[name] = value
+    return tree
 
 
 def dump(cli: LightningCLI) -> str:
@@ -94,7 +148,7 @@ def dump(cli: LightningCLI) -> str:
 
 
 def differences(before: str, now: str) -> list[str]:
-    """The settings that differ between two resolved configs (YAML), as lines ``key: new (was: old)``.
+    """Return the settings that differ between two resolved configs (YAML), as lines ``key: new (was: old)``.
 
     Example:
         >>> differences("a: {b: 1}", "a: {b: 2}")
@@ -138,8 +192,8 @@ def task_of(recipe: Path) -> str:
         ConfigError: For an unknown one, and a file that is no recipe.
     """
     task = _read(recipe).get("task", "longtail")
-    if task not in TASKS:
-        raise ConfigError(f"Expected task to be one of {sorted(TASKS)} in {recipe}, got {task!r}.")
+    if task not in tasks():
+        raise ConfigError(f"Expected task to be one of {', '.join(sorted(tasks()))} in {recipe}, got {task!r}.")
     return str(task)
 
 
@@ -150,10 +204,15 @@ def run_part(run: Path, part: str) -> ModuleType:
         FileNotFoundError: When it is no run folder.
         ImportError: When a package is missing; names the extra.
     """
-    config = run / "config.yaml"
+    config = run / RUN_CONFIG
     if not config.is_file():
         raise FileNotFoundError(f"Expected a run folder, got {run} without config.yaml. batchformer fit writes them.")
     return task_part(task_of(config), part)
+
+
+def measures_of(run: Path) -> list[dict[str, Any]]:
+    """Return the measures of the task that a run is of, as result.json has them."""
+    return [asdict(measure) for measure in task_class(task_of(run / RUN_CONFIG)).measures]
 
 
 def _read(recipe: Path) -> dict[str, Any]:
@@ -166,9 +225,15 @@ def _read(recipe: Path) -> dict[str, Any]:
     return content
 
 
-def _all_problems(parser: LightningArgumentParser, args: list[str], error: BaseException) -> str:
+def _all_problems(
+    parser: LightningArgumentParser,
+    error: BaseException,
+    recipe: Path,
+    given: dict[str, list[Any]],
+    problems: list[str],
+) -> str:
     """Try every setting by itself: unknown keys get the nearest ones, the others what was expected."""
-    given, problems = _given(Path(args[1]), args[2:])
+    problems = list(problems)
     known = {key for key in parser.get_defaults().keys() if key != "config"} - set(INSTEAD)  # noqa: SIM118  # a Namespace
     groups = {key.rpartition(".")[0] for key in known}
     for key, readings in given.items():
@@ -183,12 +248,14 @@ def _all_problems(parser: LightningArgumentParser, args: list[str], error: BaseE
     if not problems:
         problems = [str(error)]
     plural = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
-    return f"{plural} in {args[1]} and its overrides:\n" + "\n".join(f"  - {problem}" for problem in problems)
+    return f"{plural} in {recipe} and its overrides:\n" + "\n".join(f"  - {problem}" for problem in problems)
 
 
 def setting(recipe: Path, overrides: Sequence[str], key: str) -> Any:
-    """What a recipe and its overrides say of one setting, ``None`` where they are silent; nothing is checked."""
-    return _given(recipe, overrides)[0].get(key, [None])[0]
+    """Return what a recipe and its overrides say of one setting, ``None`` where they are silent; nothing is checked."""
+    words = fold(overrides, _read(recipe).get("stages"))
+    given = {name: readings[0] for name, readings in _given(recipe, words)[0].items()}
+    return task_class(task_of(recipe)).translate_settings(given).get(key)
 
 
 def _given(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:

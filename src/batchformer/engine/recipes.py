@@ -2,8 +2,9 @@
 
 import difflib
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
+
+from .tasks import recipe_folders
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,12 @@ class Recipe:
 
 
 def recipes() -> list[Recipe]:
-    """All recipes of the package, by name."""
-    root = Path(str(files("batchformer") / "recipes"))
-    return [Recipe(path.relative_to(root).with_suffix("").as_posix(), path) for path in sorted(root.rglob("*.yaml"))]
+    """Return all recipes, by name: those of this package, and those of packages that bring a task."""
+    return [
+        Recipe(f"{prefix}{path.relative_to(root).with_suffix('').as_posix()}", path)
+        for prefix, root in recipe_folders()
+        for path in sorted(root.rglob("*.yaml"))
+    ]
 
 
 def find_recipe(name: str) -> Recipe:

@@ -1,52 +1,118 @@
-"""Which tasks there are, and where their parts are; a part is imported when a recipe or a run asks for it."""
+"""The registry of tasks: those of this package, and those that other packages bring by an entry point.
 
+A package adds a task by an entry point of the group ``batchformer.tasks`` in its ``pyproject.toml``::
+
+    [project.entry-points."batchformer.tasks"]
+    age = "my_package.task:AgeTask"
+
+where ``AgeTask`` is a subclass of :class:`batchformer.tasks.training.task.Task`, the modules ``restore`` and
+``predict`` beside it have ``exportable`` and ``predict``, and the folder ``recipes`` beside it has YAML files, which
+``batchformer ls`` shows as ``age/<file>``.
+"""
+
+import functools
 import importlib
+from importlib import metadata, util
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningDataModule, LightningModule
+    from batchformer.tasks.training.task import Task
 
-TASKS = {
-    "longtail": ("batchformer.tasks.longtail.task:LongTailTask", "batchformer.tasks.longtail.data:LongTailData"),
-    "detection": ("batchformer.tasks.detection.task:DetectionTask", "batchformer.tasks.detection.data:DetectionData"),
-    "panoptic": ("batchformer.tasks.panoptic.task:PanopticTask", "batchformer.tasks.panoptic.data:PanopticData"),
+OWN = {
+    "longtail": "batchformer.tasks.longtail.task:LongTailTask",
+    "detection": "batchformer.tasks.detection.task:DetectionTask",
+    "panoptic": "batchformer.tasks.panoptic.task:PanopticTask",
 }
-"""Task -> its LightningModule (a :class:`batchformer.tasks.training.contract.TaskModule`), its LightningDataModule."""
+"""Tasks of this package: name -> module and class."""
+
+GROUP = "batchformer.tasks"
 
 
-def task_classes(task: str) -> "tuple[type[LightningModule], type[LightningDataModule]]":
-    """The module and the data module of a task.
+@functools.cache
+def tasks() -> dict[str, str]:
+    """Return every known task, name -> module and class; nothing of them is imported.
 
     Raises:
-        ImportError: When a package is missing; names the extra.
+        ValueError: When an entry point takes the name of another task.
 
     Example:
-        >>> [one.__name__ for one in task_classes("longtail")]
-        ['LongTailTask', 'LongTailData']
+        >>> tasks()["longtail"]
+        'batchformer.tasks.longtail.task:LongTailTask'
     """
+    found = dict(OWN)
+    for entry in metadata.entry_points(group=GROUP):
+        if found.get(entry.name, entry.value) != entry.value:
+            raise ValueError(
+                f"Expected one task of each name, but the entry point {entry.value!r} calls itself {entry.name!r}, as "
+                f"{found[entry.name]!r} does. Uninstall one of the two packages, or rename its entry point."
+            )
+        found[entry.name] = entry.value
+    return found
 
-    def found(place: str) -> Any:
-        module, _, name = place.partition(":")
-        return getattr(_imported(module, task), name)
 
-    module, data = TASKS[task]
-    return found(module), found(data)
+def task_class(task: str) -> "type[Task]":
+    """Import the class of a task.
+
+    Raises:
+        ImportError: When a package is missing; names the extra that brings it.
+
+    Example:
+        >>> task_class("longtail").__name__
+        'LongTailTask'
+    """
+    module, _, name = tasks()[task].partition(":")
+    found: type[Task] = getattr(_imported(module, task), name)
+    if not hasattr(found, "data_type"):  # TEMPORARY, until all tasks are on the base class
+        _stand_in(found, task)
+    return found
+
+
+def _stand_in(found: "type[Task]", task: str) -> None:
+    """TEMPORARY, until all tasks are on the base class."""
+    from batchformer.tasks.training.contract import Measure, Stage, Unit
+
+    data = importlib.import_module(f"batchformer.tasks.{task}.data")
+    old: Any = found
+    old.data_type = getattr(
+        data, {"longtail": "LongTailData", "detection": "DetectionData", "panoptic": "PanopticData"}[task]
+    )
+    old.stages, old.measures = {"train": ""}, (Measure(old.primary, old.primary),)
+    old.translate_settings = staticmethod(lambda settings: settings)
+    old.units = staticmethod(lambda setting: (Unit(),))
+    old.batchformer = property(lambda self: self.plug_in)
+    if task == "detection":
+        old.stage = Stage("train")
 
 
 def task_part(task: str, part: str) -> ModuleType:
-    """``tasks/<task>/<part>.py``: ``restore`` or ``predict``.
+    """Import a module that stands beside the class of a task: ``restore`` or ``predict``.
 
     Raises:
-        ImportError: When a package is missing; names the extra.
+        ImportError: When a package is missing; names the extra that brings it.
     """
-    return _imported(f"batchformer.tasks.{task}.{part}", task)
+    package = tasks()[task].partition(":")[0].rpartition(".")[0]
+    return _imported(f"{package}.{part}", task)
+
+
+def recipe_folders() -> list[tuple[str, Path]]:
+    """Return the folders of recipes: the prefix of their names, and the folder. No task is imported."""
+    folders = [("", Path(__file__).parents[1] / "recipes")]
+    for task, place in tasks().items():
+        if task not in OWN and (spec := util.find_spec(place.partition(":")[0].partition(".")[0])) is not None:
+            inside = place.partition(":")[0].split(".")[1:-1]
+            roots = [Path(root).joinpath(*inside, "recipes") for root in spec.submodule_search_locations or ()]
+            folders += [(f"{task}/", root) for root in roots if root.is_dir()]
+    return folders
 
 
 def _imported(module: str, task: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if str(error.name).startswith("batchformer"):
+        own = module.partition(".")[0]
+        if str(error.name).partition(".")[0] == own:
             raise
-        raise ImportError(f"{error.name} is missing: pip install 'batchformer[{task}]'") from error
+        package = "batchformer" if own == "batchformer" else own
+        raise ImportError(f"{error.name} is missing: pip install '{package}[{task}]'") from error

@@ -20,12 +20,15 @@ class Measure:
         unit: ``"%"`` for a fraction in 0..1, which is shown times 100 and whose differences are percentage points; any
             other unit, such as ``"years"``, is written behind the number as it is.
         higher_is_better: Whether more is better; False for errors.
+        part: Group of classes or objects that it is the primary metric of ("few-shot classes", "small objects"), for
+            the picture of groups; empty for none.
     """
 
     name: str
     label: str
     unit: str = "%"
     higher_is_better: bool = True
+    part: str = ""
 
 
 @dataclass(frozen=True)

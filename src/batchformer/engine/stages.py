@@ -1,0 +1,221 @@
+"""Stages of a run: a recipe lists them, they are fitted in turn, and each has its own checkpoint and cost.
+
+A stage is a run of its own inside the run folder: a new task, data module and trainer, with the settings that the
+recipe gives this stage on top of the others. Epochs go on counting from stage to stage, so that ``metrics.csv`` is one
+table, and every random number belongs to one epoch. ``checkpoints/last.ckpt`` is that of the stage that runs, or of the
+last one; a stage that is followed by another leaves ``checkpoints/<name>.ckpt``.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Trainer
+
+from batchformer.tasks.training.checkpoint import checkpoint_of
+from batchformer.tasks.training.contract import Stage
+
+from .callbacks import Cost, History
+from .errors import ConfigError
+
+PREFIX = "stages."
+
+
+@dataclass
+class StageSettings:
+    """A stage as recipes list it.
+
+    Attributes:
+        name: Name of the stage, one that the task knows.
+        epochs: Epochs of this stage, at least 0.
+        start_from: Run folder or checkpoint of another run to start from; the first stage of a list alone can have it.
+        settings: Settings of this stage alone, by dotted key: ``{"model.optimizer.lr": 0.01}``.
+    """
+
+    name: str
+    epochs: int
+    start_from: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage and what it takes to run it.
+
+    Attributes:
+        stage: Name, epochs and place among the epochs of the run; its ``start`` is filled in by :func:`with_start`.
+        start_from: Another run to start from.
+        overrides: ``--key=value`` words that this stage adds to those of the run.
+        last: Whether no stage comes after it.
+    """
+
+    stage: Stage
+    start_from: str | None = None
+    overrides: tuple[str, ...] = ()
+    last: bool = True
+
+
+def plan(listed: Sequence[StageSettings] | None, known: Mapping[str, str]) -> list[PlannedStage]:
+    """Lay the stages of a run out over its epochs.
+
+    Args:
+        listed: Stages of the recipe; none is one stage, the task's first, with the trainer's epochs.
+        known: Stages of the task, by name.
+
+    Raises:
+        ConfigError: For an unknown or repeated stage, negative epochs, or ``start_from`` in a later stage.
+
+    Example:
+        >>> stages = [StageSettings("train", 20), StageSettings("crt", 5)]
+        >>> [(one.stage.name, one.stage.first_epoch, one.overrides) for one in plan(stages, {"train": "", "crt": ""})]
+        [('train', 0, ('--trainer.max_epochs=20',)), ('crt', 20, ('--trainer.max_epochs=25',))]
+    """
+    if not listed:
+        return [PlannedStage(Stage(next(iter(known))))]
+    names = [one.name for one in listed]
+    if unknown := [name for name in names if name not in known]:
+        raise ConfigError(f"Expected stages out of {', '.join(known)}, got {', '.join(unknown)}.")
+    if len(set(names)) != len(names):
+        raise ConfigError(f"Expected every stage once, got {', '.join(names)}.")
+    if wrong := [f"{one.name}: {one.epochs}" for one in listed if one.epochs < 0]:
+        raise ConfigError(f"Expected at least 0 epochs in every stage, got {', '.join(wrong)}.")
+    if later := [one.name for one in listed[1:] if one.start_from is not None]:
+        raise ConfigError(
+            f"Expected start_from in the first stage of the list alone, got it in {', '.join(later)}: a later stage "
+            "starts from the one before it. Leave start_from out there, or leave the stages before it out."
+        )
+    planned, epochs = [], 0
+    for one in listed:
+        end = epochs + one.epochs
+        words = [f"--{key}={json.dumps(value)}" for key, value in one.settings.items()]
+        stage = Stage(one.name, one.epochs, epochs)
+        overrides = (*words, f"--trainer.max_epochs={end}")
+        planned.append(PlannedStage(stage, one.start_from, overrides, last=one is listed[-1]))
+        epochs = end
+    return planned
+
+
+def fold(words: Sequence[str], listed: Any) -> list[str]:
+    """Put ``--stages.<name>.<key>=value`` words into one ``--stages=`` word.
+
+    Args:
+        words: ``--key=value`` words of the user.
+        listed: Stages of the recipe, a list of mappings.
+
+    Raises:
+        ConfigError: For a stage that the recipe has not.
+
+    Example:
+        >>> fold(["--stages.crt.epochs=2"], [{"name": "train", "epochs": 9}, {"name": "crt", "epochs": 5}])
+        ['--stages=[{"name": "train", "epochs": 9}, {"name": "crt", "epochs": 2}]']
+    """
+    rest, changes = [], []
+    for word in words:
+        key, _, value = word.removeprefix("--").partition("=")
+        if key == "stages":
+            listed = yaml.safe_load(value)
+        if key.startswith(PREFIX):
+            changes.append((*key.removeprefix(PREFIX).partition(".")[::2], yaml.safe_load(value)))
+        elif key != "stages":
+            rest.append(word)
+    if not changes:
+        return list(words)
+    stages = [dict(one) for one in listed or ()]
+    for name, key, value in changes:
+        found = next((one for one in stages if one.get("name") == name), None)
+        if found is None:
+            known = ", ".join(str(one.get("name")) for one in stages) or "none"
+            raise ConfigError(f"Expected a stage of the recipe for --{PREFIX}{name}.{key}, which has {known}.")
+        inside = key.removeprefix("settings.")
+        if inside != key:
+            found["settings"] = {**(found.get("settings") or {}), inside: value}
+        else:
+            found[key] = value
+    return [*rest, f"--stages={json.dumps(stages)}"]
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """Return the place of the checkpoint of the stage that runs, or of the last one."""
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def finished_checkpoint(folder: Path, stage: Stage) -> Path:
+    """Return the place of the checkpoint of a stage that is finished and followed by another."""
+    return folder / "checkpoints" / f"{stage.name}.ckpt"
+
+
+def remaining(folder: Path, stages: Sequence[PlannedStage], task: str) -> list[PlannedStage]:
+    """Return the stages of a run that are not finished, by the checkpoints in its folder."""
+    reached = 0
+    for place, planned in enumerate(stages):
+        if not planned.last and finished_checkpoint(folder, planned.stage).exists():
+            reached = place + 1
+    if last_checkpoint(folder).exists():
+        entry = torch.load(last_checkpoint(folder), map_location="cpu", weights_only=True).get(task, {})
+        names = [planned.stage.name for planned in stages]
+        # A run of an earlier version has one file for all of its stages, whose entry calls its stage a part.
+        name = entry.get("stage", entry.get("part"))
+        reached = max(reached, names.index(name) if name in names else 0)
+    return list(stages[reached:])
+
+
+def with_start(folder: Path, stages: Sequence[PlannedStage], planned: PlannedStage) -> Stage:
+    """Return a stage with the checkpoint that its network is built from.
+
+    That is the one of the stage before, or of another run; where it is gone, the run's own, which has all that the
+    network needs.
+
+    Raises:
+        FileNotFoundError: When ``start_from`` has no checkpoint, and the run has none either.
+    """
+    place, own = list(stages).index(planned), last_checkpoint(folder)
+    if place:
+        start = finished_checkpoint(folder, stages[place - 1].stage)
+    elif planned.start_from is not None:
+        try:
+            start = checkpoint_of(planned.start_from)
+        except FileNotFoundError:
+            if not own.exists():
+                raise
+            start = own
+    else:
+        return planned.stage
+    return replace(planned.stage, start=start if start.exists() else own)
+
+
+def continue_counting(stage: Stage, trainer: Trainer, history: History) -> None:
+    """Set a trainer to the epochs of the stages before, so that it goes on counting; the optimizer starts anew."""
+    if not stage.first_epoch or stage.start is None:
+        return
+    before = torch.load(stage.start, map_location="cpu", weights_only=True)
+    trainer.fit_loop.load_state_dict(before["loops"]["fit_loop"])
+    history.load_state_dict(before["callbacks"][history.state_key])
+
+
+def finish(folder: Path, planned: PlannedStage, trainer: Trainer) -> None:
+    """Give the checkpoint of a finished stage its own name, where another stage follows."""
+    if planned.last:
+        return
+    if trainer.is_global_zero:
+        os.replace(last_checkpoint(folder), finished_checkpoint(folder, planned.stage))
+    trainer.strategy.barrier("stage")
+
+
+def costs(folder: Path, stages: Sequence[PlannedStage], now: Cost) -> list[dict[str, Any]]:
+    """Return what every stage cost, one record each; those of earlier stages come from their checkpoints."""
+    records = []
+    for planned in stages:
+        cost, epochs = now, planned.stage.epochs
+        if not planned.last:
+            path, cost = finished_checkpoint(folder, planned.stage), Cost()
+            if not path.exists():
+                continue
+            cost.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["callbacks"][cost.state_key])
+        measured = {"step_ms": cost.step_ms(), "train_seconds": cost.train_seconds}
+        records.append({"name": planned.stage.name, "epochs": epochs, **measured})
+    return records
