@@ -20,7 +20,6 @@ import torch
 
 from batchformer import cli
 from batchformer.engine import run
-from batchformer.engine import run_files as records
 from batchformer.tasks.longtail.task import LongTailTask
 
 
@@ -71,7 +70,7 @@ def in_file(name: str) -> None:
             die()
         original(source, target)
 
-    records.os.replace = replace  # type: ignore[assignment]
+    os.replace = replace
 
 
 def in_test(_: str) -> None:

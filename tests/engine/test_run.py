@@ -17,7 +17,6 @@ import torch
 
 from batchformer.engine import config
 from batchformer.engine import run as engine
-from batchformer.engine import run_files as records
 from batchformer.engine.config import ConfigError, parse
 from batchformer.engine.export import export
 from batchformer.engine.recipes import find_recipe
@@ -354,19 +353,6 @@ def test_a_run_that_never_saved_leaves_no_trace_but_what_was_there(run: Run, tmp
     with pytest.raises(ValueError, match="nowhere"):
         run(folder, f"--data.root={tmp_path / 'nowhere'}")
     assert [path.name for path in folder.iterdir()] == ["mine"]
-
-
-def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "result.json"
-    records.write_text(path, "old")
-
-    def broken(*_: Any) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match="disk full"):
-        records.write_text(path, "new")
-    assert path.read_text() == "old"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run: Run, tmp_path: Path) -> None:

@@ -2,15 +2,15 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
+from .atomic import write_text
 from .errors import MOST_SHOWN, DataError, DataNotFoundError, listing
 from .images import in_threads
 from .lists import Samples, check_labels
@@ -73,7 +73,8 @@ def check_samples(samples: Samples, *, what: str = "training", cache: Path | Non
     problems = in_threads(partial(_decoding_problem, samples.root), unseen, f"checking {what} images")
     good = {path: stamps[path] for path, problem in zip(unseen, problems, strict=True) if not problem}
     if memory and good:
-        _remember(memory, known | good)
+        with suppress(OSError):  # a read-only home only costs the time of the next check
+            write_text(memory, json.dumps(known | good))
     corrupt = [f"{path}: {problem}" for path, problem in zip(unseen, problems, strict=True) if problem]
     if corrupt:
         raise DataError(
@@ -106,13 +107,3 @@ def _remembered(memory: Path | None) -> dict[str, list[int] | None]:
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
-
-
-def _remember(memory: Path, known: dict[str, list[int] | None]) -> None:
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=memory.parent, delete=False, encoding="utf-8") as out:
-            json.dump(known, out)
-        os.replace(out.name, memory)
-    except OSError:  # a read-only home only costs the time of the next check
-        return

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import packages
-from .atomic import scratch_beside
+from .atomic import atomic_folder
 from .catalog import DATASETS, Dataset
 from .errors import DataError, DataNotFoundError
 
@@ -149,13 +149,13 @@ def get(name: str, root: str | Path | None = None) -> Path:
     if data.made_from:
         return make(target, root=root)
     for source, fetch in _SOURCES[name].items():
-        with scratch_beside(target) as scratch:
-            try:
-                _publish(fetch(scratch), target, data, scratch)
-            except _FAILURES as problem:
-                tried.append(f"{source}: {_one_line(problem)}")
-            else:
-                return target
+        try:
+            with atomic_folder(target) as new:
+                _deliver(fetch(new.parent), new, data)
+        except _FAILURES as problem:
+            tried.append(f"{source}: {_one_line(problem)}")
+        else:
+            return target
     raise _not_found(name, root, tried)
 
 
@@ -208,11 +208,10 @@ def make(target: Path, photographs: Path | None = None, *, root: str | Path | No
     wanted = SceneSettings(**settings)
     if photographs is None:
         photographs = get("scene-photographs", root)
-    with scratch_beside(target) as scratch:
-        written = write_scenes(scratch / "scenes", photographs / "stamps", photographs / "photographs", wanted)
+    with atomic_folder(target) as new:
+        write_scenes(new, photographs / "stamps", photographs / "photographs", wanted)
         if target.exists():
-            target.rmdir()
-        os.replace(written, target)
+            target.rmdir()  # refuses if somebody has put files there meanwhile
     return target
 
 
@@ -223,20 +222,17 @@ def _wrong(folder: Path, data: Dataset) -> list[str]:
     return mismatches(folder, data.sha256)
 
 
-def _publish(source: Path, target: Path, data: Dataset, scratch: Path) -> None:
-    """Verify what a source delivered, then let it appear under its final name in one step."""
+def _deliver(source: Path, new: Path, data: Dataset) -> None:
+    """Check the files of a source against their checksums and put them into a new folder."""
     wrong = _wrong(source, data)
     if wrong:
         raise DataError(f"the checksum of {', '.join(wrong)} is wrong")
-    staged = source
-    if data.sha256:
-        staged = scratch / "verified"
-        staged.mkdir()
-        for name in data.sha256:
-            shutil.copyfile(source / name, staged / name)
-    if target.exists():  # an incomplete or damaged copy, seen above: os.replace cannot overwrite a folder with files
-        os.replace(target, scratch / "replaced")
-    os.replace(staged, target)
+    if not data.sha256:
+        source.rename(new)
+        return
+    new.mkdir()
+    for name in data.sha256:
+        shutil.copyfile(source / name, new / name)
 
 
 def _from_debian(scratch: Path) -> Path:

@@ -10,8 +10,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from batchformer.data.atomic import write_text
+
 from .environment import memory_mb
-from .run_files import write_text
 
 
 class History(Callback):

@@ -7,10 +7,10 @@ from typing import cast
 import torch
 from torch import nn
 
+from batchformer.data.atomic import write_json
 from batchformer.tasks.training.contract import Exportable
 
 from .config import run_part
-from .run_files import write_json
 
 FORMATS = ("safetensors", "onnx")
 

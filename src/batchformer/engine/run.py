@@ -16,17 +16,16 @@ from typing import Any, cast
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningCLI
+from torch import nn
 
 from batchformer.core import BatchFormer
 from batchformer.data.atomic import alone_in, write_json, write_text
-from batchformer.tasks.training.task import Task
+from batchformer.tasks.training.contract import TaskModule
 
 from .callbacks import Cost, History
-from .config import RUN_CONFIG, differences, dump, parse, setting, task_of
+from .config import ConfigError, differences, dump, parse
 from .environment import environment, peak_memory_mb
-from .errors import ConfigError
 from .run_files import WholeCheckpoints
-from .stages import PlannedStage, continue_counting, costs, finish, last_checkpoint, plan, remaining, with_start
 
 DONE = "done"
 
@@ -37,7 +36,6 @@ def fit(
     folder: Path,
     *,
     name: str,
-    unit: str | None = None,
     resume: bool = False,
     command: str | None = None,
     say: Callable[[str], None] = print,
@@ -47,11 +45,10 @@ def fit(
     Args:
         recipe: YAML file.
         overrides: ``--key=value`` settings on top.
-        folder: Folder of the run.
-        name: Name of the recipe, for the records.
-        unit: Name of what a comparison runs each seed on beside the seed, such as a target domain, for the records.
+        folder: Of the run.
+        name: Of the recipe, for the records.
         resume: Go on in the folder from its last checkpoint, with the settings that are there.
-        command: Command that the user typed, for the records.
+        command: What the user typed, for the records.
         say: Takes lines for the user.
 
     Returns:
@@ -65,113 +62,66 @@ def fit(
     if first_rank() and not resume:
         _refuse_another_run(folder)
     quiet()
-    history = History(folder / "metrics.csv")
-    whole, stages = _planned(recipe, overrides, folder)
+    history, cost = History(folder / "metrics.csv"), Cost()
+    keeper = ModelCheckpoint(
+        _checkpoint(folder).parent,
+        filename="last",
+        save_top_k=1,
+        enable_version_counter=False,
+        save_on_train_epoch_end=True,
+    )
+    cli = parse(recipe, overrides, **_surroundings(folder, [history, cost, keeper]))
+    if getattr(cli.trainer, "fast_dev_run", False) or cli.trainer.limit_test_batches == 0:
+        raise ConfigError(
+            "Expected a run that is saved and tested, got trainer.fast_dev_run or trainer.limit_test_batches=0. For a "
+            "quick trial set trainer.max_epochs=1, trainer.limit_train_batches=2 and trainer.limit_test_batches=2."
+        )
+    cli.trainer.strategy.checkpoint_io = WholeCheckpoints()
     with alone_in(folder) if first_rank() else nullcontext():
         if first_rank():
-            _settle_config(folder, dump(whole), resume)
+            _settle_config(folder, dump(cli), resume)
         if resume and (folder / DONE).exists():
             say(f"{folder} is finished already.")
             return cast(dict[str, Any], json.loads((folder / "result.json").read_text(encoding="utf-8")))
         if first_rank():
-            _settle_environment(folder, environment(str(whole.trainer.precision), command))
-            going_on = resume and any((folder / "checkpoints").glob("*.ckpt"))
-            say(f"{'Resuming' if going_on else 'Training'} {folder}: {_words(whole)}")
-        with _keeping_nothing_unsaved(folder):
-            for planned in remaining(folder, stages, task_of(recipe)):
-                cost = Cost()
-                cli = _cli_of(recipe, overrides, folder, stages, planned, [history, cost, _keeper(folder)])
-                _train(cli, folder, planned, history)
-            # What is tested is what was saved: a run that was killed after its last epoch has nothing else.
-            cli.trainer.test(
-                cli.model, cli.datamodule, ckpt_path=last_checkpoint(folder), verbose=False, weights_only=True
-            )
-        result = _result(cli, name, unit, cost, costs(folder, stages, cost))
+            _settle_environment(folder, environment(str(cli.trainer.precision), command))
+            going_on = resume and _checkpoint(folder).exists()
+            say(f"{'Resuming' if going_on else 'Training'} {folder}: {_words(cli)}")
+        _train_and_test(cli, folder, history, resume)
+        result = _result(cli, name, cost)
         if cli.trainer.is_global_zero:
             write_json(folder / "result.json", result)
             write_text(folder / DONE, "")
     return result
 
 
-def _planned(recipe: Path, overrides: Sequence[str], folder: Path) -> tuple[LightningCLI, list[PlannedStage]]:
-    """Parse a recipe and the settings of all its stages, so that what is wrong is said before the first one."""
-    whole = parse(recipe, overrides, **_surroundings(folder, []))
-    stages = plan(whole.config.get("stages"), whole.model.stages)
-    if whole.config.get("stages") and setting(recipe, overrides, "trainer.max_epochs") is not None:
-        raise ConfigError(
-            "Expected the epochs of each stage, got trainer.max_epochs beside stages. Leave it out, and set "
-            f"--stages.{stages[-1].stage.name}.epochs."
-        )
-    for planned in stages:
-        trainer = parse(recipe, [*overrides, *planned.overrides], **_surroundings(folder, [])).trainer
-        if getattr(trainer, "fast_dev_run", False) or trainer.limit_test_batches == 0:
-            raise ConfigError(
-                "Expected a run that is saved and tested, got trainer.fast_dev_run or trainer.limit_test_batches=0. "
-                "For a quick trial set trainer.max_epochs=1, trainer.limit_train_batches=2 and "
-                "trainer.limit_test_batches=2."
-            )
-    return whole, stages
-
-
-def _cli_of(
-    recipe: Path,
-    overrides: Sequence[str],
-    folder: Path,
-    stages: Sequence[PlannedStage],
-    planned: PlannedStage,
-    callbacks: list[Callback],
-) -> LightningCLI:
-    """Parse and instantiate a stage."""
-    cli = parse(recipe, [*overrides, *planned.overrides], **_surroundings(folder, callbacks))
-    cli.model.stage = with_start(folder, stages, planned)
-    cli.trainer.strategy.checkpoint_io = WholeCheckpoints()
-    return cli
-
-
-def _keeper(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        last_checkpoint(folder).parent,
-        filename="last",
-        save_top_k=1,
-        enable_version_counter=False,
-        save_on_train_epoch_end=True,
-    )
-
-
-def _train(cli: LightningCLI, folder: Path, planned: PlannedStage, history: History) -> None:
-    """Fit a stage, from its checkpoint where there is one."""
-    trainer, checkpoint = cli.trainer, last_checkpoint(folder)
-    start = checkpoint if checkpoint.exists() else None
-    if start is None:
-        continue_counting(cli.model.stage, trainer, history)
-    trainer.fit(cli.model, cli.datamodule, ckpt_path=start, weights_only=True)
-    if not checkpoint.exists():
-        trainer.save_checkpoint(checkpoint)  # a stage of no epochs, such as tau-normalization, is a stage all the same
-        history.write()
-    finish(folder, planned, trainer)
+def _train_and_test(cli: LightningCLI, folder: Path, history: History, resume: bool) -> None:
+    trainer, checkpoint = cli.trainer, _checkpoint(folder)
+    with _keeping_nothing_unsaved(folder):
+        start = checkpoint if resume and checkpoint.exists() else None
+        trainer.fit(cli.model, cli.datamodule, ckpt_path=start, weights_only=True)
+        if trainer.max_epochs == 0:
+            trainer.save_checkpoint(checkpoint)  # tau-normalization trains nothing, and is a run like any other
+            history.write()
+        # What is tested is what was saved: a run that was killed after its last epoch has nothing else.
+        trainer.test(cli.model, cli.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
 
 
 def test(run: Path) -> dict[str, float | None]:
-    """Test the plain network of a run on the test split.
-
-    Returns:
-        Metric to value; ``None`` where it is not defined.
+    """The plain network of a run on the test split.
 
     Raises:
         FileNotFoundError: When the run has no checkpoint.
     """
-    checkpoint = last_checkpoint(run)
+    checkpoint = _checkpoint(run)
     if not checkpoint.exists():
         raise FileNotFoundError(f"Expected {checkpoint}, but it is not there. Train first, or go on with fit --resume.")
     quiet()
     # However many devices trained it: one process meets every test image once, and can be had anywhere.
     alone = ("--trainer.devices=1", "--trainer.strategy=auto", "--trainer.num_nodes=1")
-    config = run / RUN_CONFIG
-    whole = parse(config, alone, **_surroundings(run, []))
-    stages = plan(whole.config.get("stages"), whole.model.stages)
-    cli = _cli_of(config, alone, run, stages, stages[-1], [])
+    cli = parse(run / "config.yaml", alone, **_surroundings(run, []))
     cli.trainer.test(cli.model, cli.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
-    return _tested(cli.trainer.callback_metrics)
+    return _fractions(cli.trainer.callback_metrics)
 
 
 @contextmanager
@@ -193,8 +143,12 @@ def first_rank() -> bool:
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
+def _checkpoint(folder: Path) -> Path:
+    return folder / "checkpoints" / "last.ckpt"
+
+
 def _refuse_another_run(folder: Path) -> None:
-    if (folder / RUN_CONFIG).exists():
+    if (folder / "config.yaml").exists():
         raise FileExistsError(f"{folder} has a run already. Go on with --resume, or choose another --name.")
 
 
@@ -214,9 +168,9 @@ def _surroundings(folder: Path, callbacks: list[Callback]) -> dict[str, Any]:
 
 
 def _settle_config(folder: Path, text: str, resume: bool) -> None:
-    path = folder / RUN_CONFIG
+    path = folder / "config.yaml"
     if resume and path.exists():
-        before = dump(parse(path, **_surroundings(folder, [])))  # in today's terms, with today's defaults
+        before = path.read_text(encoding="utf-8")
         if changed := differences(before, text):
             listed = "".join(f"\n  {line}" for line in changed)
             raise ConfigError(
@@ -238,32 +192,29 @@ def _settle_environment(folder: Path, now: dict[str, Any]) -> None:
     write_json(path, now)
 
 
-def _result(cli: LightningCLI, name: str, unit: str | None, cost: Cost, stages: list[dict[str, Any]]) -> dict[str, Any]:
-    task = cast(Task, cli.model)
-    module = sum(p.numel() for m in task.network.modules() if isinstance(m, BatchFormer) for p in m.parameters())
-    total = sum(p.numel() for p in task.network.parameters())
+def _result(cli: LightningCLI, name: str, cost: Cost) -> dict[str, Any]:
+    task = cast(TaskModule, cli.model)
+    network = cast(nn.Module, task.network)
+    module = sum(p.numel() for m in network.modules() if isinstance(m, BatchFormer) for p in m.parameters())
+    total = sum(p.numel() for p in network.parameters())
     host = environment(str(cli.trainer.precision))
     peak = peak_memory_mb(cli.trainer.strategy.root_device)
     return {
         "recipe": name,
-        "arm": task.batchformer.arm,
+        "arm": task.plug_in.arm,
         "seed": task.seed,
-        "unit": None if unit is None else {"name": unit},
         "primary": task.primary,
-        "measures": [asdict(measure) for measure in task.measures],
-        "metrics": _tested(cli.trainer.callback_metrics),
+        "metrics": _fractions(cli.trainer.callback_metrics),
         "class_metric": task.class_metric,
         "class_count": task.class_count,
         "per_class": [{**asdict(entry), "value": _defined(entry.value)} for entry in task.class_results()],
-        "stages": stages,
         "cost": {
-            # A median over the steps of several stages would be a time of neither.
-            "step_ms": cost.step_ms() if len(stages) == 1 else None,
+            "step_ms": cost.step_ms(),
             "peak_memory_mb": peak,
             "training_memory_mb": cost.memory_over_start_mb(peak),
             "parameters_train": total,
             "parameters_test": total - module,
-            "train_seconds": sum(stage["train_seconds"] for stage in stages),
+            "train_seconds": cost.train_seconds,
             "test_ms_per_image": 1000 * task.test_seconds / max(1, task.test_images),
         },
         "selection": "last epoch",
@@ -274,7 +225,7 @@ def _result(cli: LightningCLI, name: str, unit: str | None, cost: Cost, stages: 
     }
 
 
-def _tested(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+def _fractions(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     named = {name.removeprefix("test_"): float(value) for name, value in metrics.items() if name.startswith("test_")}
     return {name: _defined(value) for name, value in named.items()}
 
@@ -284,10 +235,9 @@ def _defined(value: float) -> float | None:
 
 
 def _words(cli: LightningCLI) -> str:
-    task = cast(Task, cli.model)
+    task = cast(TaskModule, cli.model)
     device = cli.trainer.strategy.root_device.type
-    where = f"{device}, {cli.trainer.precision}, {torch.get_num_threads()} threads"
-    return f"{task.batchformer.arm}, seed {task.seed}, {where}"
+    return f"{task.plug_in.arm}, seed {task.seed}, {device}, {cli.trainer.precision}, {torch.get_num_threads()} threads"
 
 
 def quiet() -> None:
@@ -310,7 +260,7 @@ def quiet() -> None:
 
 def discard(folder: Path) -> None:
     """Remove the records of a run that never saved anything, so that it can be started afresh; nothing else there."""
-    if any((folder / "checkpoints").glob("*.ckpt")):
+    if _checkpoint(folder).exists():
         return
     for name in ("config.yaml", "environment.json", "metrics.csv"):
         (folder / name).unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from batchformer.engine.run_files import write_text
+from batchformer.data.atomic import write_text
 from batchformer.insertion import insert
 
 from .checkpoints import load_published
