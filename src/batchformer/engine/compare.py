@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from functools import partial
@@ -17,11 +17,14 @@ from typing import Any, cast
 
 from batchformer.data.atomic import alone_in, write_json, write_text
 from batchformer.tasks.training.arms import ARMS
-from batchformer.tasks.training.contract import TaskModule
+from batchformer.tasks.training.contract import Unit
+from batchformer.tasks.training.task import Task
 
-from .config import ConfigError, setting, task_of
+from .config import setting, task_of
+from .errors import ConfigError
+from .metrics import shown
 from .run import DONE, discard, first_rank, fit
-from .tasks import TASKS, task_classes
+from .tasks import task_class, tasks
 
 PLAN = "compare.json"
 
@@ -62,32 +65,62 @@ def compare(
     """
     arms = _arms(controls, single=setting(recipe, overrides, "model.batchformer.mode") == "single_stream")
     task = _comparable_task(recipe, overrides, seeds)
-    asked = {"recipe": name, "command": command, "arms": arms, "seeds": list(seeds), "primary": task.primary}
+    units = _units(task, recipe, overrides)
+    asked = {
+        "recipe": name,
+        "command": command,
+        "arms": arms,
+        "seeds": list(seeds),
+        "units": [{"name": unit} for unit in units if unit],
+        "primary": task.primary,
+    }
     with alone_in(folder) if first_rank() else nullcontext(), _keeping_the_plan(folder, resume):
         _settle(folder, asked)
-        _run_all(recipe, overrides, folder, asked, say)
+        _run_all(recipe, overrides, folder, asked, units, say)
     return folder
 
 
 def _run_all(
-    recipe: Path, overrides: Sequence[str], folder: Path, plan: dict[str, Any], say: Callable[[str], None]
+    recipe: Path,
+    overrides: Sequence[str],
+    folder: Path,
+    plan: dict[str, Any],
+    units: Mapping[str, Unit],
+    say: Callable[[str], None],
 ) -> None:
-    runs = [(arm, seed) for seed in plan["seeds"] for arm in plan["arms"]]
+    runs = [(arm, seed, unit) for seed in plan["seeds"] for unit in units.values() for arm in plan["arms"]]
     started = time.monotonic()
-    for finished, (arm, seed) in enumerate(runs, 1):
-        run = folder / arm / f"seed{seed}"
+    for finished, (arm, seed, unit) in enumerate(runs, 1):
+        run = folder / arm / (f"seed{seed}-{unit.name}" if unit.name else f"seed{seed}")
         before = (run / DONE).exists()
         own = [*overrides, "--trainer.devices=1", f"--seed={seed}", f"--model.batchformer.arm={arm}"]
-        result = _apart(recipe, own, run, plan["recipe"], plan["command"])
-        value = result["metrics"].get(plan["primary"])
-        shown = "undefined" if value is None else f"{100 * value:.2f} %"
+        own += [f"--{key}={json.dumps(value)}" for key, value in unit.settings.items()]
+        result = _apart(recipe, own, run, plan["recipe"], unit.name or None, plan["command"])
+        value = shown(plan["primary"], result["metrics"].get(plan["primary"]), result.get("measures", ()))
         note = "kept" if before else f"{result['cost']['train_seconds']:.0f} s of training"
-        say(f"[{finished}/{len(runs)}] {arm}, seed {seed}: {plan['primary']} {shown} ({note})")
+        who = f"{arm}, seed {seed}{f', {unit.name}' if unit.name else ''}"
+        say(f"[{finished}/{len(runs)}] {who}: {value} ({note})")
         if finished == 1 and not before and len(runs) > 1:
             say(f"About {(time.monotonic() - started) * (len(runs) - 1) / 60:.1f} minutes to go.")
 
 
-def _comparable_task(recipe: Path, overrides: Sequence[str], seeds: Sequence[int]) -> type[TaskModule]:
+def _units(task: type[Task], recipe: Path, overrides: Sequence[str]) -> dict[str, Unit]:
+    """Return what each seed is run on, by name.
+
+    Raises:
+        ConfigError: When a setting that the units differ in is given for all of them.
+    """
+    units = {unit.name: unit for unit in task.units(partial(setting, recipe, overrides))}
+    given = {word.removeprefix("--").partition("=")[0] for word in overrides}
+    if fixed := sorted(given & {key for unit in units.values() for key in unit.settings}):
+        raise ConfigError(
+            f"Expected compare to set {', '.join(fixed)} in each run, since every seed is run on "
+            f"{', '.join(units)}. Leave it out."
+        )
+    return units
+
+
+def _comparable_task(recipe: Path, overrides: Sequence[str], seeds: Sequence[int]) -> type[Task]:
     if len(set(seeds)) != len(seeds) or not seeds:
         raise ValueError(f"Expected different seeds, at least one, got {list(seeds)}.")
     if any(
@@ -100,7 +133,7 @@ def _comparable_task(recipe: Path, overrides: Sequence[str], seeds: Sequence[int
             f"Expected compare to train each run on one device, got trainer.devices={devices}. Train the arms one by "
             "one with batchformer fit --model.batchformer.arm=plain (and =batchformer), then batchformer report RUNS."
         )
-    task = cast(type[TaskModule], task_classes(task_of(recipe))[0])
+    task = task_class(task_of(recipe))
     if reason := task.not_comparable(partial(setting, recipe, overrides)):
         raise ConfigError(f"Expected settings in which the arms differ, but {reason}.")
     return task
@@ -123,6 +156,11 @@ def _settle(folder: Path, plan: dict[str, Any]) -> None:
     path = folder / PLAN
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
+        if before.get("units", []) != plan["units"]:
+            raise ValueError(
+                f"Expected a comparison over {_listed(plan['units'])} in {folder}, found one over "
+                f"{_listed(before.get('units', []))}. Choose another --name."
+            )
         if before["recipe"] != plan["recipe"]:
             raise ValueError(f"Expected a comparison of {plan['recipe']} in {folder}, found one of {before['recipe']}.")
         # Seeds and controls may be added to a comparison; those that are there stay.
@@ -130,6 +168,10 @@ def _settle(folder: Path, plan: dict[str, Any]) -> None:
             plan[key] = list(dict.fromkeys([*before[key], *plan[key]]))
     if first_rank():
         write_json(path, {**plan, "date": datetime.now().astimezone().isoformat(timespec="seconds")})
+
+
+def _listed(units: Sequence[Mapping[str, str]]) -> str:
+    return ", ".join(unit["name"] for unit in units) or "seeds alone"
 
 
 @contextmanager
@@ -158,14 +200,16 @@ def _discard_plan(folder: Path) -> None:
             empty.rmdir()
 
 
-def _apart(recipe: Path, overrides: list[str], run: Path, name: str, command: str | None) -> dict[str, Any]:
+def _apart(
+    recipe: Path, overrides: list[str], run: Path, name: str, unit: str | None, command: str | None
+) -> dict[str, Any]:
     """One run in a fresh process: its peak memory is its own, and it cannot disturb the next."""
     # The server process has the slow imports done; every run forks off it.
     context = multiprocessing.get_context("forkserver")
-    places = TASKS[task_of(recipe)]
-    context.set_forkserver_preload(["batchformer.engine.run", *(place.partition(":")[0] for place in places)])
+    module = tasks()[task_of(recipe)].partition(":")[0]
+    context.set_forkserver_preload(["batchformer.engine.run", module])
     answers, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, recipe, overrides, run, name, command))
+    process = context.Process(target=_answer, args=(sender, recipe, overrides, run, name, unit, command))
     try:
         _start(process)
         sender.close()
@@ -222,13 +266,21 @@ def _start_server() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
-def _answer(sender: Any, recipe: Path, overrides: list[str], run: Path, name: str, command: str | None) -> None:
+def _answer(
+    sender: Any,
+    recipe: Path,
+    overrides: list[str],
+    run: Path,
+    name: str,
+    unit: str | None,
+    command: str | None,
+) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # From here on as in a process of its own: what a run starts (loaders) is not made by the server's rules, and names
     # no semaphores that are left over when the run is killed.
     multiprocessing.set_start_method(None, force=True)
     try:
-        result = fit(recipe, overrides, run, name=name, resume=run.exists(), command=command, say=_silent)
+        result = fit(recipe, overrides, run, name=name, unit=unit, resume=run.exists(), command=command, say=_silent)
     except Exception as error:
         error.add_note("".join(traceback.format_exception(error)))  # for BATCHFORMER_TRACEBACK
         sender.send((None, error))

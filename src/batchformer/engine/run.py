@@ -16,16 +16,17 @@ from typing import Any, cast
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningCLI
-from torch import nn
 
 from batchformer.core import BatchFormer
 from batchformer.data.atomic import alone_in, write_json, write_text
-from batchformer.tasks.training.contract import TaskModule
+from batchformer.tasks.training.task import Task
 
 from .callbacks import Cost, History
-from .config import ConfigError, differences, dump, parse
+from .config import RUN_CONFIG, differences, dump, parse, setting, task_of
 from .environment import environment, peak_memory_mb
+from .errors import ConfigError
 from .run_files import WholeCheckpoints
+from .stages import PlannedStage, continue_counting, costs, finish, last_checkpoint, plan, remaining, with_start
 
 DONE = "done"
 
@@ -36,6 +37,7 @@ def fit(
     folder: Path,
     *,
     name: str,
+    unit: str | None = None,
     resume: bool = False,
     command: str | None = None,
     say: Callable[[str], None] = print,
@@ -45,10 +47,11 @@ def fit(
     Args:
         recipe: YAML file.
         overrides: ``--key=value`` settings on top.
-        folder: Of the run.
-        name: Of the recipe, for the records.
+        folder: Folder of the run.
+        name: Name of the recipe, for the records.
+        unit: Name of what a comparison runs each seed on beside the seed, such as a target domain, for the records.
         resume: Go on in the folder from its last checkpoint, with the settings that are there.
-        command: What the user typed, for the records.
+        command: Command that the user typed, for the records.
         say: Takes lines for the user.
 
     Returns:
@@ -62,66 +65,113 @@ def fit(
     if first_rank() and not resume:
         _refuse_another_run(folder)
     quiet()
-    history, cost = History(folder / "metrics.csv"), Cost()
-    keeper = ModelCheckpoint(
-        _checkpoint(folder).parent,
-        filename="last",
-        save_top_k=1,
-        enable_version_counter=False,
-        save_on_train_epoch_end=True,
-    )
-    cli = parse(recipe, overrides, **_surroundings(folder, [history, cost, keeper]))
-    if getattr(cli.trainer, "fast_dev_run", False) or cli.trainer.limit_test_batches == 0:
-        raise ConfigError(
-            "Expected a run that is saved and tested, got trainer.fast_dev_run or trainer.limit_test_batches=0. For a "
-            "quick trial set trainer.max_epochs=1, trainer.limit_train_batches=2 and trainer.limit_test_batches=2."
-        )
-    cli.trainer.strategy.checkpoint_io = WholeCheckpoints()
+    history = History(folder / "metrics.csv")
+    whole, stages = _planned(recipe, overrides, folder)
     with alone_in(folder) if first_rank() else nullcontext():
         if first_rank():
-            _settle_config(folder, dump(cli), resume)
+            _settle_config(folder, dump(whole), resume)
         if resume and (folder / DONE).exists():
             say(f"{folder} is finished already.")
             return cast(dict[str, Any], json.loads((folder / "result.json").read_text(encoding="utf-8")))
         if first_rank():
-            _settle_environment(folder, environment(str(cli.trainer.precision), command))
-            going_on = resume and _checkpoint(folder).exists()
-            say(f"{'Resuming' if going_on else 'Training'} {folder}: {_words(cli)}")
-        _train_and_test(cli, folder, history, resume)
-        result = _result(cli, name, cost)
+            _settle_environment(folder, environment(str(whole.trainer.precision), command))
+            going_on = resume and any((folder / "checkpoints").glob("*.ckpt"))
+            say(f"{'Resuming' if going_on else 'Training'} {folder}: {_words(whole)}")
+        with _keeping_nothing_unsaved(folder):
+            for planned in remaining(folder, stages, task_of(recipe)):
+                cost = Cost()
+                cli = _cli_of(recipe, overrides, folder, stages, planned, [history, cost, _keeper(folder)])
+                _train(cli, folder, planned, history)
+            # What is tested is what was saved: a run that was killed after its last epoch has nothing else.
+            cli.trainer.test(
+                cli.model, cli.datamodule, ckpt_path=last_checkpoint(folder), verbose=False, weights_only=True
+            )
+        result = _result(cli, name, unit, cost, costs(folder, stages, cost))
         if cli.trainer.is_global_zero:
             write_json(folder / "result.json", result)
             write_text(folder / DONE, "")
     return result
 
 
-def _train_and_test(cli: LightningCLI, folder: Path, history: History, resume: bool) -> None:
-    trainer, checkpoint = cli.trainer, _checkpoint(folder)
-    with _keeping_nothing_unsaved(folder):
-        start = checkpoint if resume and checkpoint.exists() else None
-        trainer.fit(cli.model, cli.datamodule, ckpt_path=start, weights_only=True)
-        if trainer.max_epochs == 0:
-            trainer.save_checkpoint(checkpoint)  # tau-normalization trains nothing, and is a run like any other
-            history.write()
-        # What is tested is what was saved: a run that was killed after its last epoch has nothing else.
-        trainer.test(cli.model, cli.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
+def _planned(recipe: Path, overrides: Sequence[str], folder: Path) -> tuple[LightningCLI, list[PlannedStage]]:
+    """Parse a recipe and the settings of all its stages, so that what is wrong is said before the first one."""
+    whole = parse(recipe, overrides, **_surroundings(folder, []))
+    stages = plan(whole.config.get("stages"), whole.model.stages)
+    if whole.config.get("stages") and setting(recipe, overrides, "trainer.max_epochs") is not None:
+        raise ConfigError(
+            "Expected the epochs of each stage, got trainer.max_epochs beside stages. Leave it out, and set "
+            f"--stages.{stages[-1].stage.name}.epochs."
+        )
+    for planned in stages:
+        trainer = parse(recipe, [*overrides, *planned.overrides], **_surroundings(folder, [])).trainer
+        if getattr(trainer, "fast_dev_run", False) or trainer.limit_test_batches == 0:
+            raise ConfigError(
+                "Expected a run that is saved and tested, got trainer.fast_dev_run or trainer.limit_test_batches=0. "
+                "For a quick trial set trainer.max_epochs=1, trainer.limit_train_batches=2 and "
+                "trainer.limit_test_batches=2."
+            )
+    return whole, stages
+
+
+def _cli_of(
+    recipe: Path,
+    overrides: Sequence[str],
+    folder: Path,
+    stages: Sequence[PlannedStage],
+    planned: PlannedStage,
+    callbacks: list[Callback],
+) -> LightningCLI:
+    """Parse and instantiate a stage."""
+    cli = parse(recipe, [*overrides, *planned.overrides], **_surroundings(folder, callbacks))
+    cli.model.stage = with_start(folder, stages, planned)
+    cli.trainer.strategy.checkpoint_io = WholeCheckpoints()
+    return cli
+
+
+def _keeper(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        last_checkpoint(folder).parent,
+        filename="last",
+        save_top_k=1,
+        enable_version_counter=False,
+        save_on_train_epoch_end=True,
+    )
+
+
+def _train(cli: LightningCLI, folder: Path, planned: PlannedStage, history: History) -> None:
+    """Fit a stage, from its checkpoint where there is one."""
+    trainer, checkpoint = cli.trainer, last_checkpoint(folder)
+    start = checkpoint if checkpoint.exists() else None
+    if start is None:
+        continue_counting(cli.model.stage, trainer, history)
+    trainer.fit(cli.model, cli.datamodule, ckpt_path=start, weights_only=True)
+    if not checkpoint.exists():
+        trainer.save_checkpoint(checkpoint)  # a stage of no epochs, such as tau-normalization, is a stage all the same
+        history.write()
+    finish(folder, planned, trainer)
 
 
 def test(run: Path) -> dict[str, float | None]:
-    """The plain network of a run on the test split.
+    """Test the plain network of a run on the test split.
+
+    Returns:
+        Metric to value; ``None`` where it is not defined.
 
     Raises:
         FileNotFoundError: When the run has no checkpoint.
     """
-    checkpoint = _checkpoint(run)
+    checkpoint = last_checkpoint(run)
     if not checkpoint.exists():
         raise FileNotFoundError(f"Expected {checkpoint}, but it is not there. Train first, or go on with fit --resume.")
     quiet()
     # However many devices trained it: one process meets every test image once, and can be had anywhere.
     alone = ("--trainer.devices=1", "--trainer.strategy=auto", "--trainer.num_nodes=1")
-    cli = parse(run / "config.yaml", alone, **_surroundings(run, []))
+    config = run / RUN_CONFIG
+    whole = parse(config, alone, **_surroundings(run, []))
+    stages = plan(whole.config.get("stages"), whole.model.stages)
+    cli = _cli_of(config, alone, run, stages, stages[-1], [])
     cli.trainer.test(cli.model, cli.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
-    return _fractions(cli.trainer.callback_metrics)
+    return _tested(cli.trainer.callback_metrics)
 
 
 @contextmanager
@@ -143,12 +193,8 @@ def first_rank() -> bool:
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
-def _checkpoint(folder: Path) -> Path:
-    return folder / "checkpoints" / "last.ckpt"
-
-
 def _refuse_another_run(folder: Path) -> None:
-    if (folder / "config.yaml").exists():
+    if (folder / RUN_CONFIG).exists():
         raise FileExistsError(f"{folder} has a run already. Go on with --resume, or choose another --name.")
 
 
@@ -168,9 +214,9 @@ def _surroundings(folder: Path, callbacks: list[Callback]) -> dict[str, Any]:
 
 
 def _settle_config(folder: Path, text: str, resume: bool) -> None:
-    path = folder / "config.yaml"
+    path = folder / RUN_CONFIG
     if resume and path.exists():
-        before = path.read_text(encoding="utf-8")
+        before = dump(parse(path, **_surroundings(folder, [])))  # in today's terms, with today's defaults
         if changed := differences(before, text):
             listed = "".join(f"\n  {line}" for line in changed)
             raise ConfigError(
@@ -192,29 +238,32 @@ def _settle_environment(folder: Path, now: dict[str, Any]) -> None:
     write_json(path, now)
 
 
-def _result(cli: LightningCLI, name: str, cost: Cost) -> dict[str, Any]:
-    task = cast(TaskModule, cli.model)
-    network = cast(nn.Module, task.network)
-    module = sum(p.numel() for m in network.modules() if isinstance(m, BatchFormer) for p in m.parameters())
-    total = sum(p.numel() for p in network.parameters())
+def _result(cli: LightningCLI, name: str, unit: str | None, cost: Cost, stages: list[dict[str, Any]]) -> dict[str, Any]:
+    task = cast(Task, cli.model)
+    module = sum(p.numel() for m in task.network.modules() if isinstance(m, BatchFormer) for p in m.parameters())
+    total = sum(p.numel() for p in task.network.parameters())
     host = environment(str(cli.trainer.precision))
     peak = peak_memory_mb(cli.trainer.strategy.root_device)
     return {
         "recipe": name,
-        "arm": task.plug_in.arm,
+        "arm": task.batchformer.arm,
         "seed": task.seed,
+        "unit": None if unit is None else {"name": unit},
         "primary": task.primary,
-        "metrics": _fractions(cli.trainer.callback_metrics),
+        "measures": [asdict(measure) for measure in task.measures],
+        "metrics": _tested(cli.trainer.callback_metrics),
         "class_metric": task.class_metric,
         "class_count": task.class_count,
         "per_class": [{**asdict(entry), "value": _defined(entry.value)} for entry in task.class_results()],
+        "stages": stages,
         "cost": {
-            "step_ms": cost.step_ms(),
+            # A median over the steps of several stages would be a time of neither.
+            "step_ms": cost.step_ms() if len(stages) == 1 else None,
             "peak_memory_mb": peak,
             "training_memory_mb": cost.memory_over_start_mb(peak),
             "parameters_train": total,
             "parameters_test": total - module,
-            "train_seconds": cost.train_seconds,
+            "train_seconds": sum(stage["train_seconds"] for stage in stages),
             "test_ms_per_image": 1000 * task.test_seconds / max(1, task.test_images),
         },
         "selection": "last epoch",
@@ -225,7 +274,7 @@ def _result(cli: LightningCLI, name: str, cost: Cost) -> dict[str, Any]:
     }
 
 
-def _fractions(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+def _tested(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     named = {name.removeprefix("test_"): float(value) for name, value in metrics.items() if name.startswith("test_")}
     return {name: _defined(value) for name, value in named.items()}
 
@@ -235,9 +284,10 @@ def _defined(value: float) -> float | None:
 
 
 def _words(cli: LightningCLI) -> str:
-    task = cast(TaskModule, cli.model)
+    task = cast(Task, cli.model)
     device = cli.trainer.strategy.root_device.type
-    return f"{task.plug_in.arm}, seed {task.seed}, {device}, {cli.trainer.precision}, {torch.get_num_threads()} threads"
+    where = f"{device}, {cli.trainer.precision}, {torch.get_num_threads()} threads"
+    return f"{task.batchformer.arm}, seed {task.seed}, {where}"
 
 
 def quiet() -> None:
@@ -260,7 +310,7 @@ def quiet() -> None:
 
 def discard(folder: Path) -> None:
     """Remove the records of a run that never saved anything, so that it can be started afresh; nothing else there."""
-    if _checkpoint(folder).exists():
+    if any((folder / "checkpoints").glob("*.ckpt")):
         return
     for name in ("config.yaml", "environment.json", "metrics.csv"):
         (folder / name).unlink(missing_ok=True)
