@@ -71,12 +71,15 @@ class _Refused(Exception):
         self.parser, self.error = parser, error
 
 
-def parse(recipe: Path, overrides: Sequence[str] = (), **trainer_defaults: Any) -> LightningCLI:
+def parse(
+    recipe: Path, overrides: Sequence[str] = (), of_stage: Sequence[str] = (), **trainer_defaults: Any
+) -> LightningCLI:
     """Parse and instantiate a recipe.
 
     Args:
         recipe: YAML file.
         overrides: ``--key=value`` or ``--key value``.
+        of_stage: Settings that a stage adds, in the same form; they are of this version, whatever the others are.
         trainer_defaults: Arguments of the Trainer that are not the recipe's business (folders, callbacks).
 
     Returns:
@@ -93,7 +96,7 @@ def parse(recipe: Path, overrides: Sequence[str] = (), **trainer_defaults: Any) 
         return _Cli(
             task,
             task.data_type,
-            args=["--config", source, *words],
+            args=["--config", source, *words, *of_stage],
             run=False,
             save_config_callback=None,
             seed_everything_default=False,

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from batchformer.data.atomic import write_json
+from batchformer.data.atomic import atomic_file, write_json
 from batchformer.tasks.training.contract import Exportable
 
 from .config import run_part
@@ -20,12 +20,12 @@ def export(run: Path, out: Path, formats: tuple[str, ...] = FORMATS) -> list[Pat
 
     Args:
         run: Run folder.
-        out: Folder; gets ``model.safetensors``, ``model.onnx``, ``model.json`` (classes, input size, normalisation) and
-            what else the task has to add.
-        formats: Out of ``FORMATS``.
+        out: Folder that gets ``model.safetensors``, ``model.onnx``, ``model.json`` (classes, input size, normalisation)
+            and the files that the task adds.
+        formats: Formats out of ``FORMATS``.
 
     Returns:
-        The files.
+        The files that were written.
 
     Raises:
         ValueError: For an unknown format, and for ONNX of a network that ONNX cannot say.
@@ -52,13 +52,13 @@ def _safetensors(network: nn.Module, path: Path) -> Path:
     except ImportError as error:
         raise ImportError("safetensors is missing: pip install 'batchformer[export]'") from error
     state = network.state_dict()
-    scratch = path.with_name(f".{path.name}")
-    # One name for weights that several places share; transformers asks for the word on the format.
-    save_model(network, str(scratch), metadata={"format": "pt"})
-    back = load_file(scratch)
-    if any(not torch.equal(value, state[name].cpu()) for name, value in back.items()):
-        raise OSError(f"Expected {path} to hold what was written, but reading it back gave other numbers.")
-    return scratch.replace(path)
+    with atomic_file(path) as scratch:
+        # Weights that several parts share get one name; transformers asks for the word on the format.
+        save_model(network, str(scratch), metadata={"format": "pt"})
+        back = load_file(scratch)
+        if any(not torch.equal(value, state[name].cpu()) for name, value in back.items()):
+            raise OSError(f"Expected {path} to hold what was written, but reading it back gave other numbers.")
+    return path
 
 
 def _onnx(found: Exportable, path: Path) -> Path:
@@ -67,7 +67,6 @@ def _onnx(found: Exportable, path: Path) -> Path:
         import onnxscript  # noqa: F401  # torch's exporter needs it
     except ImportError as error:
         raise ImportError("onnx is missing: pip install 'batchformer[export]'") from error
-    scratch = path.with_name(f".{path.name}")
     batch = torch.export.Dim("batch", min=1)
     with warnings.catch_warnings():
         # That the first axis of all inputs is one and the same is what is meant.
@@ -83,6 +82,7 @@ def _onnx(found: Exportable, path: Path) -> Path:
         )
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing.")
-    program.save(str(scratch), external_data=False)
-    onnx.checker.check_model(onnx.load(scratch))
-    return scratch.replace(path)
+    with atomic_file(path) as scratch:
+        program.save(str(scratch), external_data=False)
+        onnx.checker.check_model(onnx.load(scratch))
+    return path

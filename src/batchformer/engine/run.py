@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from batchformer.core import BatchFormer
 from batchformer.data.atomic import alone_in, write_json, write_text
+from batchformer.tasks.training.contract import Stage
 from batchformer.tasks.training.task import Task
 
 from .callbacks import Cost, History
@@ -79,9 +80,11 @@ def fit(
             say(f"{'Resuming' if going_on else 'Training'} {folder}: {_words(whole)}")
         with _keeping_nothing_unsaved(folder):
             for planned in remaining(folder, stages, task_of(recipe)):
-                cost = Cost()
-                cli = _cli_of(recipe, overrides, folder, stages, planned, [history, cost, _keeper(folder)])
-                _train(cli, folder, planned, history)
+                cost, stage = Cost(), with_start(folder, stages, planned)
+                callbacks = [history, cost, _keeper(folder)]
+                cli = _cli_of(recipe, overrides, planned, folder, stage, callbacks)
+                _train(cli, folder, stage, history)
+                finish(folder, planned, cli.trainer)
             # What is tested is what was saved: a run that was killed after its last epoch has nothing else.
             cli.trainer.test(
                 cli.model, cli.datamodule, ckpt_path=last_checkpoint(folder), verbose=False, weights_only=True
@@ -103,7 +106,7 @@ def _planned(recipe: Path, overrides: Sequence[str], folder: Path) -> tuple[Ligh
             f"--stages.{stages[-1].stage.name}.epochs."
         )
     for planned in stages:
-        trainer = parse(recipe, [*overrides, *planned.overrides], **_surroundings(folder, [])).trainer
+        trainer = parse(recipe, overrides, planned.overrides, **_surroundings(folder, [])).trainer
         if getattr(trainer, "fast_dev_run", False) or trainer.limit_test_batches == 0:
             raise ConfigError(
                 "Expected a run that is saved and tested, got trainer.fast_dev_run or trainer.limit_test_batches=0. "
@@ -116,14 +119,15 @@ def _planned(recipe: Path, overrides: Sequence[str], folder: Path) -> tuple[Ligh
 def _cli_of(
     recipe: Path,
     overrides: Sequence[str],
-    folder: Path,
-    stages: Sequence[PlannedStage],
     planned: PlannedStage,
+    folder: Path,
+    stage: Stage,
     callbacks: list[Callback],
 ) -> LightningCLI:
     """Parse and instantiate a stage."""
-    cli = parse(recipe, [*overrides, *planned.overrides], **_surroundings(folder, callbacks))
-    cli.model.stage = with_start(folder, stages, planned)
+    cli = parse(recipe, overrides, planned.overrides, **_surroundings(folder, callbacks))
+    if isinstance(cli.model, Task):  # TEMPORARY, until all tasks are on the base class
+        cli.model.stage = stage
     cli.trainer.strategy.checkpoint_io = WholeCheckpoints()
     return cli
 
@@ -138,17 +142,16 @@ def _keeper(folder: Path) -> ModelCheckpoint:
     )
 
 
-def _train(cli: LightningCLI, folder: Path, planned: PlannedStage, history: History) -> None:
+def _train(cli: LightningCLI, folder: Path, stage: Stage, history: History) -> None:
     """Fit a stage, from its checkpoint where there is one."""
     trainer, checkpoint = cli.trainer, last_checkpoint(folder)
     start = checkpoint if checkpoint.exists() else None
     if start is None:
-        continue_counting(cli.model.stage, trainer, history)
+        continue_counting(stage, trainer, history)
     trainer.fit(cli.model, cli.datamodule, ckpt_path=start, weights_only=True)
     if not checkpoint.exists():
         trainer.save_checkpoint(checkpoint)  # a stage of no epochs, such as tau-normalization, is a stage all the same
         history.write()
-    finish(folder, planned, trainer)
 
 
 def test(run: Path) -> dict[str, float | None]:
@@ -169,7 +172,7 @@ def test(run: Path) -> dict[str, float | None]:
     config = run / RUN_CONFIG
     whole = parse(config, alone, **_surroundings(run, []))
     stages = plan(whole.config.get("stages"), whole.model.stages)
-    cli = _cli_of(config, alone, run, stages, stages[-1], [])
+    cli = _cli_of(config, alone, stages[-1], run, with_start(run, stages, stages[-1]), [])
     cli.trainer.test(cli.model, cli.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
     return _tested(cli.trainer.callback_metrics)
 

@@ -101,7 +101,7 @@ def plan(listed: Sequence[StageSettings] | None, known: Mapping[str, str]) -> li
 
 
 def fold(words: Sequence[str], listed: Any) -> list[str]:
-    """Put ``--stages.<name>.<key>=value`` words into one ``--stages=`` word.
+    """Put ``--stages.<name>.<key>=value`` words into one ``--stages=`` word; ``--stages.<name>=null`` leaves one out.
 
     Args:
         words: ``--key=value`` words of the user.
@@ -131,6 +131,9 @@ def fold(words: Sequence[str], listed: Any) -> list[str]:
         if found is None:
             known = ", ".join(str(one.get("name")) for one in stages) or "none"
             raise ConfigError(f"Expected a stage of the recipe for --{PREFIX}{name}.{key}, which has {known}.")
+        if not key and value is None:
+            stages.remove(found)
+            continue
         inside = key.removeprefix("settings.")
         if inside != key:
             found["settings"] = {**(found.get("settings") or {}), inside: value}

@@ -309,7 +309,7 @@ class Task(LightningModule):
         values = metric.compute()
         metric.reset()
         if "per_class" in values:
-            self.per_class[split] = values.pop("per_class").tolist()
+            self.per_class[split] = values.pop("per_class").reshape(-1).tolist()  # of one class it is a scalar
         # The same on every rank; averaging them changes nothing, and Lightning asks for it.
         named = {f"{prefix}_{name}": value.float().to(self.device) for name, value in values.items()}
         self.log_dict(named, sync_dist=True)
