@@ -5,19 +5,19 @@ import torch
 from torch import nn
 
 from batchformer import insert
-from batchformer.tasks.image_classification.network import LongTailNetwork
+from batchformer.tasks.image_classification.network import ImageClassifier
 from batchformer.tasks.longtail.decoupled import WeightScale, learn_weight_scale, retrain_classifier, tau_normalize
 from batchformer.tasks.longtail.model import build_model
 
 IMAGES = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
 
-def network(kind: str = "plain", cosine: bool | None = None) -> LongTailNetwork:
+def network(kind: str = "plain", cosine: bool | None = None) -> ImageClassifier:
     torch.manual_seed(0)
     return build_model("small_resnet", 6, in_channels=1, kind=kind, cosine=cosine)
 
 
-def one_step(model: LongTailNetwork) -> set[str]:
+def one_step(model: ImageClassifier) -> set[str]:
     """Names of the entries of the state dict that a training step changed."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trainable = [p for p in model.parameters() if p.requires_grad]

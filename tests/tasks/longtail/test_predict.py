@@ -10,7 +10,7 @@ from PIL import Image
 
 from batchformer.data.images import decode
 from batchformer.data.transforms import image_eval, normalize
-from batchformer.tasks.image_classification.predict import predict
+from batchformer.tasks.longtail.predict import predict
 from batchformer.tasks.longtail.restore import DataFacts, build_network
 from batchformer.tasks.longtail.settings import NetworkSettings
 

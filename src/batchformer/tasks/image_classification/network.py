@@ -1,11 +1,16 @@
-"""A backbone and a classifier as one network."""
+"""Image classifiers: a backbone, and a classifier on its pooled features.
 
-from collections.abc import Callable
+Axis letters: N samples, C features, K classes.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+__all__ = ["CosineClassifier", "ImageClassifier", "Network", "make_classifier", "train_only"]
 
 
 class CosineClassifier(nn.Module):
@@ -37,24 +42,27 @@ class CosineClassifier(nn.Module):
             self.weight.copy_(F.normalize(self.weight, dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features ``(N, C)`` to logits ``(N, K)``."""
+        """Map features ``(N, C)`` to logits ``(N, K)``."""
         with torch.autocast(x.device.type, enabled=False):
             # 30 * cos in bf16 would be off by up to 0.1.
             x = x.to(self.weight.dtype)
             return self.scale * F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
 
     def extra_repr(self) -> str:
-        """Shown by ``print``."""
+        """Return the arguments, as ``print`` shows them."""
         return f"in_features={self.in_features}, out_features={self.out_features}, scale={self.scale}"
 
 
-class LongTailNetwork(nn.Module):
-    """Base of the networks: says where the classifier is, and can be frozen up to it (decoupled second stage).
+class ImageClassifier(nn.Module):
+    """Base of the networks: it knows its classifiers, and can be frozen up to them (decoupled second stage).
+
+    ``batchformer.insert(network, before="auto")`` places BatchFormer in front of the classifiers; in training the rows
+    of the outputs then double, [plain; mixed].
 
     Attributes:
         num_features: C, the width of the pooled feature.
         num_classes: K.
-        frozen: Set by `freeze`; everything but the classifiers then stays in eval mode.
+        frozen: Whether `freeze` was called; everything but the classifiers then stays in eval mode.
     """
 
     num_features: int
@@ -62,7 +70,7 @@ class LongTailNetwork(nn.Module):
     frozen: bool = False
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
-        """The module, or one per expert, whose input is the pooled feature ``(N, C)``."""
+        """Return the module, or one for each expert, whose input is the pooled feature ``(N, C)``."""
         raise NotImplementedError
 
     def replace_classifiers(self, new: Callable[[nn.Module], nn.Module]) -> None:
@@ -70,7 +78,7 @@ class LongTailNetwork(nn.Module):
         raise NotImplementedError
 
     def classifiers(self) -> tuple[nn.Module, ...]:
-        """`get_classifier` as a tuple, whatever the number of experts."""
+        """Return `get_classifier` as a tuple, whatever the number of experts."""
         found = self.get_classifier()
         return found if isinstance(found, tuple) else (found,)
 
@@ -83,7 +91,7 @@ class LongTailNetwork(nn.Module):
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """As in torch, except that the frozen part stays in eval mode."""
+        """Set the mode as in torch, except that the frozen part stays in eval mode."""
         super().train(mode)
         if self.frozen:
             for child in self.children():
@@ -93,15 +101,16 @@ class LongTailNetwork(nn.Module):
         return self
 
 
-class Network(LongTailNetwork):
+class Network(ImageClassifier):
     """A backbone and one classifier.
 
     Args:
-        backbone: Images to pooled features ``(N, C)``, with ``num_features``.
+        backbone: Module from images to pooled features ``(N, C)``, with ``num_features``.
         num_classes: K.
-        cosine: A `CosineClassifier` in the place of a linear one (as LDAM and RIDE use).
+        cosine: Whether the classifier is a `CosineClassifier` (as in LDAM and RIDE) instead of a linear one.
 
     Example:
+        >>> from batchformer.tasks.image_classification.backbone import create_backbone
         >>> network = Network(create_backbone("small_resnet", in_channels=1), num_classes=10)
         >>> network(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 10])
@@ -115,7 +124,7 @@ class Network(LongTailNetwork):
         self.classifier = make_classifier(self.num_features, num_classes, cosine=cosine)
 
     def get_classifier(self) -> nn.Module:
-        """The classifier."""
+        """Return the classifier."""
         return self.classifier
 
     def replace_classifiers(self, new: Callable[[nn.Module], nn.Module]) -> None:
@@ -123,11 +132,36 @@ class Network(LongTailNetwork):
         self.classifier = new(self.classifier)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images ``(N, channels, H, W)`` to logits ``(N, K)``; ``(2N, K)`` in training with BatchFormer."""
+        """Map images ``(N, channels, H, W)`` to logits ``(N, K)``; ``(2N, K)`` in training with BatchFormer."""
         logits: Tensor = self.classifier(self.backbone(x))
         return logits
 
 
 def make_classifier(num_features: int, num_classes: int, *, cosine: bool = False) -> nn.Module:
-    """A linear or cosine classifier, `Linear` with torch's own initial values."""
+    """Make a cosine classifier, or a linear one with torch's own initial values."""
     return CosineClassifier(num_features, num_classes) if cosine else nn.Linear(num_features, num_classes)
+
+
+def train_only(network: nn.Module, parts: Sequence[str]) -> None:
+    """Freeze all parameters but those whose names begin with one of ``parts``; without parts, change nothing.
+
+    Args:
+        network: Network, changed in place.
+        parts: Beginnings of parameter names, such as ``"backbone.layer4"``.
+
+    Raises:
+        ValueError: When a part names no parameter; lists the parts that there are.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> train_only(network, ["1"])
+        >>> [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+        ['1.weight', '1.bias']
+    """
+    names = [name for name, _ in network.named_parameters()]
+    if absent := [part for part in parts if not any(name.startswith(part) for name in names)]:
+        known = sorted({".".join(name.split(".")[:2]) for name in names})
+        raise ValueError(f"Expected train_only to name parts out of {', '.join(known)} ..., got {', '.join(absent)}.")
+    for name, parameter in network.named_parameters():
+        if parts and not name.startswith(tuple(parts)):
+            parameter.requires_grad_(False)

@@ -10,11 +10,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from batchformer.tasks.image_classification.network import CosineClassifier, LongTailNetwork
+from batchformer.tasks.image_classification.network import CosineClassifier, ImageClassifier
 
 __all__ = ["WeightScale", "learn_weight_scale", "retrain_classifier", "tau_normalize"]
 
-NetworkT = TypeVar("NetworkT", bound=LongTailNetwork)
+NetworkT = TypeVar("NetworkT", bound=ImageClassifier)
 
 
 class WeightScale(nn.Module):

@@ -1,4 +1,4 @@
-"""Who is frequent and who is rare: the exponential profile, the choice of images, splits and groups, as pure functions.
+"""Long tails as pure functions: the exponential profile, the choice of images, and groups of classes.
 
 Axes: M images, K classes.
 """
@@ -13,17 +13,20 @@ from batchformer.data.samplers import generator
 
 
 def long_tail_profile(num_classes: int, n_max: int, imbalance_factor: float) -> list[int]:
-    """Images per class of the exponential profile ``n_i = int(n_max * IF^(-i / (K - 1)))``, at least 1.
+    """Compute the images of each class in the exponential profile ``n_i = int(n_max * IF^(-i / (K - 1)))``, at least 1.
 
-    Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, section 5.1.
+    Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, section 5.1.
 
     Args:
         num_classes: K, at least 2.
-        n_max: Images of the most frequent class.
-        imbalance_factor: Most frequent over least frequent class, at least 1.
+        n_max: Images of the most frequent class, at least 1.
+        imbalance_factor: Ratio of the most to the least frequent class, at least 1.
+
+    Returns:
+        K numbers in descending order.
 
     Raises:
-        DataError: An argument is out of range.
+        DataError: When an argument is out of range.
 
     Example:
         >>> sum(long_tail_profile(10, 5000, 200)), sum(long_tail_profile(100, 500, 100))
@@ -38,12 +41,15 @@ def long_tail_profile(num_classes: int, n_max: int, imbalance_factor: float) -> 
 
 
 def unmet(asked: Sequence[int], available: Sequence[int], imbalance_factor: float) -> str | None:
-    """What to tell of a long tail that the data does not have the images for; ``None`` where it has.
+    """Describe how the data falls short of a long tail; ``None`` where it has all the images.
 
     Args:
-        asked: Images per class of the profile, most frequent first.
+        asked: Images of each class in the profile, most frequent first.
         available: Images that the same classes have.
-        imbalance_factor: That was asked for.
+        imbalance_factor: Ratio of the most to the least frequent class that was asked for.
+
+    Returns:
+        A sentence with asked and available numbers and the way out.
 
     Example:
         >>> print(unmet([100, 10], [40, 30], 10.0))
@@ -55,7 +61,7 @@ fewer. Lower n_max or imbalance_factor, or take this for the data of the run.
     short = sum(one < other for one, other in zip(got, asked, strict=True))
     if not short and asked[0] >= imbalance_factor:
         return None
-    # Of a profile that ends below one image each class still gets one.
+    # A profile that would end below one image still gives each class one.
     why = (
         f"{short} of {len(asked)} classes {'has' if short == 1 else 'have'} fewer"
         if short
@@ -75,14 +81,21 @@ def _listed(counts: Sequence[int], most: int = 10) -> str:
 
 
 def class_order(available: Tensor, seed: int | None) -> list[int]:
-    """Which class gets the largest count, the second largest, ...
+    """Order the classes by the count that each will get, largest first.
 
     Classes with more images come first; classes with equally many keep their index order (``seed=None``) or are
     permuted. On data whose hardest class has a low index, index order would mix up hardness with rarity.
 
     Args:
-        available: Images per class, shape (K,).
+        available: Images of each class, (K,).
         seed: Seed of the permutation, ``None`` for none.
+
+    Returns:
+        The K class indices.
+
+    Example:
+        >>> class_order(torch.tensor([3, 9, 5]), None)
+        [1, 2, 0]
     """
     k = len(available)
     order = torch.arange(k) if seed is None else torch.randperm(k, generator=generator(seed, k))
@@ -96,12 +109,16 @@ def long_tail_indices(labels: Tensor, counts: Sequence[int], seed: int) -> Tenso
     always a subset of a larger one.
 
     Args:
-        labels: Class of every image, shape (M,).
-        counts: How many to keep of each class; all are kept where there are fewer.
+        labels: Class of every image, (M,).
+        counts: Images to keep of each class, K numbers; all are kept where there are fewer.
         seed: Seed of the choice.
 
     Returns:
         Indices in ascending order.
+
+    Example:
+        >>> len(long_tail_indices(torch.tensor([0, 0, 0, 1, 1]), [2, 1], seed=0))
+        3
     """
     kept = []
     for k, count in enumerate(counts):
@@ -110,52 +127,21 @@ def long_tail_indices(labels: Tensor, counts: Sequence[int], seed: int) -> Tenso
     return torch.cat(kept).sort().values
 
 
-def stratified_split(labels: Tensor, val_fraction: float, test_fraction: float, seed: int) -> dict[str, Tensor]:
-    """Split every class into training, validation and test images.
-
-    A class with few images is served in this order: one image for training, one for test, one for validation, and
-    only then the fractions. So a class of one image is trained on and never tested.
-
-    Args:
-        labels: Class of every image, shape (M,).
-        val_fraction: Share for validation, 0 for none.
-        test_fraction: Share for test, 0 for none.
-        seed: Seed of the split.
-
-    Returns:
-        Ascending indices for "train", "val" and "test".
-
-    Raises:
-        DataError: The fractions are negative or leave nothing to train on.
-    """
-    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-        raise DataError(
-            "Expected non-negative val_fraction and test_fraction with a sum below 1, got "
-            f"{val_fraction} and {test_fraction}."
-        )
-    parts: dict[str, list[Tensor]] = {"train": [], "val": [], "test": []}
-    for k in torch.unique(labels).tolist():
-        own = (labels == k).nonzero().squeeze(1)
-        own = own[torch.randperm(len(own), generator=generator(seed, int(k)))]
-        n_test = _share(len(own), test_fraction, spare=2 if val_fraction and len(own) > 2 else 1)
-        n_val = _share(len(own), val_fraction, spare=1 + n_test)
-        parts["test"].append(own[:n_test])
-        parts["val"].append(own[n_test : n_test + n_val])
-        parts["train"].append(own[n_test + n_val :])
-    return {name: torch.cat(indices).sort().values for name, indices in parts.items()}
-
-
-def _share(n: int, fraction: float, *, spare: int) -> int:
-    return min(max(1, round(n * fraction)), max(0, n - spare)) if fraction else 0
-
-
 def shot_groups(counts: Tensor, many_over: int = 100, few_under: int = 20) -> dict[str, list[int]]:
     """Group classes by their training images: many (> ``many_over``), few (< ``few_under``), medium (the rest).
 
-    Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019, section 4.
+    Source: Liu et al., "Large-Scale Long-Tailed Recognition in an Open World", CVPR 2019, section 4.
+
+    Args:
+        counts: Training images of each class, (K,).
+        many_over: Training images above which a class counts as "many".
+        few_under: Training images below which a class counts as "few".
+
+    Returns:
+        Class indices under "many", "medium" and "few".
 
     Raises:
-        DataError: ``few_under`` is larger than ``many_over + 1``: a class would be both.
+        DataError: When ``few_under`` is larger than ``many_over + 1``: a class would be both.
 
     Example:
         >>> shot_groups(torch.tensor([500, 100, 20, 19]))

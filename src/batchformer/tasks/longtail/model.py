@@ -1,16 +1,17 @@
-"""Networks of long-tailed recognition: a backbone, and a classifier on its pooled features.
+"""Networks of long-tailed recognition by name: a plain classifier, RIDE's experts, or PaCo's two encoders.
 
-Axis letters: N samples, C features, E experts, K classes. Every network here offers ``num_features`` (C) and
-``get_classifier()``, the module or modules whose input is the pooled feature ``(N, C)``: ``batchformer.insert(network,
-before="auto")`` places BatchFormer there, and the rows of the outputs double in training, [plain; mixed].
+Axis letters: N samples, E experts, K classes.
 """
 
 from typing import Any
 
 from batchformer.tasks.image_classification.backbone import create_backbone
-from batchformer.tasks.image_classification.network import CosineClassifier, LongTailNetwork, Network
+from batchformer.tasks.image_classification.network import ImageClassifier, Network
 
-__all__ = ["CosineClassifier", "LongTailNetwork", "Network", "build_model", "create_backbone"]
+from .paco import PaCo
+from .ride import RIDE
+
+__all__ = ["build_model"]
 
 
 def build_model(
@@ -24,8 +25,8 @@ def build_model(
     experts: int = 3,
     reduced: bool = True,
     **settings: Any,
-) -> LongTailNetwork:
-    """A network by name.
+) -> ImageClassifier:
+    """Build a network by name.
 
     Args:
         name: Backbone, see `create_backbone`.
@@ -33,10 +34,11 @@ def build_model(
         in_channels: 3 for colour, 1 for grey.
         kind: "plain": one classifier, logits ``(N, K)``. "ride": several experts, logits ``(N, E, K)``. "paco": with
             momentum encoder and queue, see `PaCo`.
-        cosine: Cosine classifier; ``None`` takes the kind's own: cosine for "ride", linear for the others.
-        pretrained: Load timm's weights.
+        cosine: Whether the classifiers are cosine classifiers; ``None`` takes the kind's own: cosine for "ride", linear
+            for the others.
+        pretrained: Whether timm's weights are loaded.
         experts: Number of RIDE's experts.
-        reduced: RIDE's reduced width of the experts' stages.
+        reduced: Whether RIDE's experts have their stages at reduced width.
         **settings: For "paco" its keyword arguments (``queue_size``, ``momentum``, ``embed_dim``), else timm's.
 
     Returns:
@@ -46,12 +48,10 @@ def build_model(
         ValueError: If the kind or the name is unknown.
 
     Example:
+        >>> import torch
         >>> build_model("small_resnet", 10, in_channels=1, kind="ride")(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 3, 10])
     """
-    from .paco import PaCo
-    from .ride import RIDE
-
     if kind == "ride":
         return RIDE(
             name,

@@ -3,33 +3,41 @@
 Axis letters: N samples, A anchors (query rows), C features, D embedding width, K classes, M keys, Q queue slots.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchformer.tasks.image_classification.network import LongTailNetwork, Network, make_classifier
+from batchformer.tasks.image_classification.network import ImageClassifier, Network, make_classifier
+from batchformer.tasks.training.momentum import MomentumEncoder, RowQueue
 
-__all__ = ["PaCo", "PaCoHead", "PaCoOutput", "gather_rows"]
+__all__ = ["PaCo", "PaCoHead", "PaCoOutput"]
+
+_OLD_NAMES = {
+    "queue": "queue.keys",
+    "queue_targets": "queue.targets",
+    "queue_at": "queue.position",
+    "key_backbone.": "key_encoder.0.",
+    "key_mlp.": "key_encoder.1.",
+}
+"""Names in checkpoints of earlier versions and today's; an ending dot stands for all names that begin so."""
 
 
 @dataclass(frozen=True)
 class PaCoOutput:
-    """What `PaCo` returns in training.
+    """Output of `PaCo` in training.
 
     Not a tuple: with BatchFormer only the anchors double, so it must not be split along its rows as a whole.
     ``handle.split(output.anchors)`` gives the two streams, `with_anchors` puts one of them back beside the keys.
 
     Attributes:
-        logits: ``(A, K)``, of the linear classifier.
-        queries: ``(A, D)``, unit length. A is N, or 2N with BatchFormer inserted, [plain; mixed].
-        keys: ``(M, D)``, unit length, without gradient: the N keys of this batch, then the queue.
-        key_targets: ``(M,)``; -1 for a slot of the queue that is still empty.
+        logits: Logits of the linear classifier, ``(A, K)``.
+        queries: Embeddings of unit length, ``(A, D)``. A is N, or 2N with BatchFormer inserted, [plain; mixed].
+        keys: Embeddings of unit length, without gradient, ``(M, D)``: the N keys of this batch, then the queue.
+        key_targets: Class of each key, ``(M,)``; -1 for a slot of the queue that is still empty.
     """
 
     logits: Tensor
@@ -39,24 +47,24 @@ class PaCoOutput:
 
     @property
     def anchors(self) -> tuple[Tensor, Tensor]:
-        """``logits`` and ``queries``: what doubles."""
+        """The rows that double: ``logits`` and ``queries``."""
         return self.logits, self.queries
 
     def with_anchors(self, logits: Tensor, queries: Tensor) -> "PaCoOutput":
-        """The same keys beside other anchors, for instance those of one stream."""
+        """Return the same keys beside other anchors, for instance those of one stream."""
         return replace(self, logits=logits, queries=queries)
 
 
 class PaCoHead(nn.Module):
-    """What follows the pooled feature: the linear classifier (the class centers) and the MLP that embeds queries.
+    """Head on the pooled feature: the linear classifier (the class centers) and the MLP that embeds queries.
 
-    One module, so that a BatchFormer in front of it doubles both.
+    Both are one module, so that a BatchFormer in front of it doubles the rows of both.
 
     Args:
         in_features: C.
         num_classes: K.
         embed_dim: D.
-        cosine: Cosine classifier in the place of the linear one.
+        cosine: Whether the classifier is a cosine classifier instead of a linear one.
 
     Example:
         >>> logits, queries = PaCoHead(16, 10, embed_dim=8)(torch.randn(4, 16))
@@ -76,11 +84,11 @@ class PaCoHead(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Features ``(A, C)`` to logits ``(A, K)`` and, in training, unit embeddings ``(A, D)``."""
+        """Map features ``(A, C)`` to logits ``(A, K)`` and, in training, to embeddings of unit length ``(A, D)``."""
         return self.classifier(x), F.normalize(self.mlp(x).float(), dim=1) if self.training else None
 
 
-class PaCo(LongTailNetwork):
+class PaCo(ImageClassifier):
     """Query encoder, momentum key encoder and queue around any backbone; in eval mode backbone and classifier alone.
 
     **With BatchFormer** (``insert(network, before="auto")``) the pooled feature of the query doubles, so that the
@@ -93,28 +101,24 @@ class PaCo(LongTailNetwork):
     length need not be a multiple of the batch, and in that keys are not shuffled between processes.
 
     Args:
-        backbone: Images to pooled features ``(N, C)``, with ``num_features``.
+        backbone: Module from images to pooled features ``(N, C)``, with ``num_features``.
         num_classes: K.
         embed_dim: D.
         queue_size: Q; 8192 on ImageNet-LT, 1024 on CIFAR-100-LT.
-        momentum: Of the key encoder.
-        cosine: Cosine classifier in the place of the linear one.
+        momentum: Share of the key encoder's weights that stays in each step, in 0..1.
+        cosine: Whether the classifier is a cosine classifier instead of a linear one.
 
     Raises:
         ValueError: If ``momentum`` or ``queue_size`` is out of range.
 
     Example:
-        >>> from batchformer.tasks.longtail.model import create_backbone
+        >>> from batchformer.tasks.image_classification.backbone import create_backbone
         >>> network = PaCo(create_backbone("small_resnet", in_channels=1), 10, queue_size=32)
         >>> images = torch.randn(4, 1, 28, 28)
         >>> output = network(images, images.flip(-1), torch.tensor([0, 1, 2, 3]))
         >>> output.logits.shape, output.keys.shape, network.eval()(images).shape
         (torch.Size([4, 10]), torch.Size([36, 128]), torch.Size([4, 10]))
     """
-
-    queue: Tensor
-    queue_targets: Tensor
-    queue_at: Tensor
 
     def __init__(
         self,
@@ -134,14 +138,11 @@ class PaCo(LongTailNetwork):
         self.momentum = momentum
         self.backbone = backbone
         self.head = PaCoHead(self.num_features, num_classes, embed_dim, cosine=cosine)
-        self.key_backbone = copy.deepcopy(backbone).requires_grad_(False)
-        self.key_mlp = copy.deepcopy(self.head.mlp).requires_grad_(False)
-        self.register_buffer("queue", torch.zeros(queue_size, embed_dim))
-        self.register_buffer("queue_targets", torch.full((queue_size,), -1))
-        self.register_buffer("queue_at", torch.zeros((), dtype=torch.long))
+        self.key_encoder = MomentumEncoder(backbone, self.head.mlp)
+        self.queue = RowQueue(keys=torch.zeros(queue_size, embed_dim), targets=torch.full((queue_size,), -1))
 
     def get_classifier(self) -> nn.Module:
-        """The head: classifier and MLP, both on the pooled feature."""
+        """Return the head: classifier and MLP, both on the pooled feature."""
         return self.head
 
     def replace_classifiers(self, new: Callable[[nn.Module], nn.Module]) -> None:
@@ -149,11 +150,11 @@ class PaCo(LongTailNetwork):
         self.head.classifier = new(self.head.classifier)
 
     def classifiers(self) -> tuple[nn.Module, ...]:
-        """The linear classifier alone: what a second stage retrains."""
+        """Return the linear classifier alone, which a second stage retrains."""
         return (self.head.classifier,)
 
     def freeze(self) -> Self:
-        """Not offered: the second stage has no use for keys and queue.
+        """Refuse: the second stage has no use for keys and queue.
 
         Raises:
             RuntimeError: Always; it names `plain`, whose network can be frozen.
@@ -161,7 +162,7 @@ class PaCo(LongTailNetwork):
         raise RuntimeError("A second stage trains the classifier alone: freeze network.plain(), not the PaCo network.")
 
     def plain(self) -> Network:
-        """Backbone and linear classifier as a `Network` on the same weights: for test, export, second stage."""
+        """Return backbone and linear classifier as a `Network` on the same weights: for test, export, second stage."""
         network = Network(self.backbone, self.num_classes)
         network.classifier = self.head.classifier
         return network.train(self.training)
@@ -169,7 +170,7 @@ class PaCo(LongTailNetwork):
     def forward(
         self, x: Tensor, key_images: Tensor | None = None, targets: Tensor | None = None
     ) -> Tensor | PaCoOutput:
-        """One training step's output, or logits in eval mode.
+        """Compute the output of one training step, or logits in eval mode.
 
         Args:
             x: Query images ``(N, channels, H, W)``, one augmented view.
@@ -193,55 +194,21 @@ class PaCo(LongTailNetwork):
             )
         logits, queries = self.head(self.backbone(x))
         with torch.no_grad():
-            self.follow()
-            keys = F.normalize(self.key_mlp(self.key_backbone(key_images)).float(), dim=1)
+            self.key_encoder.follow(self.backbone, self.head.mlp, momentum=self.momentum)
+            keys = F.normalize(self.key_encoder(key_images).float(), dim=1)
             # Copies: the queue changes in place before the backward pass.
-            output = PaCoOutput(
-                logits, queries, torch.cat([keys, self.queue]), torch.cat([targets, self.queue_targets])
-            )
-            self.enqueue(keys, targets)
-        return output
+            all_keys = torch.cat([keys, self.queue.column("keys")])
+            all_targets = torch.cat([targets, self.queue.column("targets")])
+            self.queue.push(keys=keys, targets=targets)
+        return PaCoOutput(logits, queries, all_keys, all_targets)
 
-    @torch.no_grad()
-    def follow(self) -> None:
-        """Move the key encoder towards the query encoder: ``key = momentum * key + (1 - momentum) * query``."""
-        for query, key in ((self.backbone, self.key_backbone), (self.head.mlp, self.key_mlp)):
-            for source, target in zip(query.parameters(), key.parameters(), strict=True):
-                target.lerp_(source, 1.0 - self.momentum)
-
-    @torch.no_grad()
-    def enqueue(self, keys: Tensor, targets: Tensor) -> None:
-        """Write the keys of all processes, in the order of their ranks, over the oldest slots."""
-        keys, targets = gather_rows(keys), gather_rows(targets)
-        size = len(self.queue)
-        slots = (self.queue_at + torch.arange(len(keys), device=keys.device)) % size
-        end = self.queue_at + len(keys)
-        # More keys than slots: the last ones stay. Writing all would leave the order of equal slots undefined.
-        self.queue.index_copy_(0, slots[-size:], keys[-size:].to(self.queue.dtype))
-        self.queue_targets.index_copy_(0, slots[-size:], targets[-size:])
-        self.queue_at.copy_(end % size)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Give names of earlier versions their names of today, then load as any module does."""
+        for old, new in _OLD_NAMES.items():
+            for name in [name for name in state_dict if _is_called(name.removeprefix(prefix), old)]:
+                state_dict[prefix + new + name.removeprefix(prefix + old)] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-@torch.no_grad()
-def gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all processes, in the order of their ranks, the same on every rank; without gradient.
-
-    Args:
-        rows: ``(n, ...)``; n may differ between ranks.
-
-    Returns:
-        ``(sum of n, ...)``; ``rows`` itself where there is one process.
-
-    Example:
-        >>> gather_rows(torch.tensor([1, 2]))
-        tensor([1, 2])
-    """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return rows
-    counts = [torch.zeros((), dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor(len(rows), device=rows.device))
-    longest = max(int(count) for count in counts)
-    padded = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
-    everyone = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(everyone, padded.contiguous())
-    return torch.cat([part[: int(count)] for part, count in zip(everyone, counts, strict=True)])
+def _is_called(name: str, old: str) -> bool:
+    return name.startswith(old) if old.endswith(".") else name == old

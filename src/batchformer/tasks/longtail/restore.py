@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from batchformer.data.transforms import evaluation_rule
-from batchformer.tasks.image_classification.network import LongTailNetwork
+from batchformer.tasks.image_classification.network import ImageClassifier, train_only
 from batchformer.tasks.training.contract import Exportable
 
 from .decoupled import learn_weight_scale, retrain_classifier, tau_normalize
@@ -56,7 +56,7 @@ class DataFacts:
         )
 
 
-def build_network(settings: NetworkSettings, facts: DataFacts) -> LongTailNetwork:
+def build_network(settings: NetworkSettings, facts: DataFacts) -> ImageClassifier:
     """The plain network of a run.
 
     Raises:
@@ -75,21 +75,11 @@ def build_network(settings: NetworkSettings, facts: DataFacts) -> LongTailNetwor
         raise ValueError(
             f"Expected model.network.settings that this network takes ({taken}), got {', '.join(more)}: {error}."
         ) from error
-    _train_only(network, parts)
+    train_only(network, parts)
     return network
 
 
-def _train_only(network: nn.Module, parts: list[str]) -> None:
-    names = [name for name, _ in network.named_parameters()]
-    if absent := [part for part in parts if not any(name.startswith(part) for name in names)]:
-        known = sorted({".".join(name.split(".")[:2]) for name in names})
-        raise ValueError(f"Expected train_only to name parts out of {', '.join(known)} ..., got {', '.join(absent)}.")
-    for name, parameter in network.named_parameters():
-        if parts and not name.startswith(tuple(parts)):
-            parameter.requires_grad_(False)
-
-
-def second_stage(network: LongTailNetwork, second: str, tau: float) -> nn.Module:
+def second_stage(network: ImageClassifier, second: str, tau: float) -> nn.Module:
     """Prepare a trained network for its second stage.
 
     Raises:
@@ -111,7 +101,7 @@ def second_stage(network: LongTailNetwork, second: str, tau: float) -> nn.Module
 class Restored(NamedTuple):
     """What a run left behind: the plain network, in ``eval()``, and what it was built from."""
 
-    network: LongTailNetwork
+    network: ImageClassifier
     facts: DataFacts
     settings: NetworkSettings
     second: str | None = None

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchformer.tasks.image_classification.backbone import create_backbone, stages
-from batchformer.tasks.image_classification.network import LongTailNetwork, make_classifier
+from batchformer.tasks.image_classification.network import ImageClassifier, make_classifier
 
 __all__ = ["RIDE", "RoutedExperts", "RoutedOutput", "RoutingOutput"]
 
 
-class RIDE(LongTailNetwork):
+class RIDE(ImageClassifier):
     """A multi-expert network: shared first stages, one branch of the last two stages and one classifier per expert.
 
     BatchFormer goes in front of every expert's classifier, one module for all experts; in it a sample attends to the

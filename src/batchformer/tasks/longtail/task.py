@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from batchformer.data.samplers import derive_seed
 from batchformer.insertion import Handle, param_groups
-from batchformer.tasks.image_classification.network import LongTailNetwork
+from batchformer.tasks.image_classification.network import ImageClassifier
 from batchformer.tasks.training.averaging import MovingAverage
 from batchformer.tasks.training.contract import ClassResult
 from batchformer.tasks.training.schedule import DIVERGED, optimization
@@ -113,7 +113,7 @@ class LongTailTask(LightningModule):
         if stage.teacher is not None and loss != "ride":
             raise ValueError(f"Expected the RIDE loss for distillation from a teacher, got {loss!r}.")
 
-    def _insert(self, network: LongTailNetwork) -> Handle | None:
+    def _insert(self, network: ImageClassifier) -> Handle | None:
         heads = network.num_heads if isinstance(network, RIDE) else 4
         return insert_plug_in(network, self.plug_in, num_heads=heads)
 
