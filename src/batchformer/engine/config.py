@@ -106,6 +106,7 @@ def parse(
             auto_configure_optimizers=False,
         )
     except _Refused as refused:
+        given |= _overrides(of_stage)[0]
         raise ConfigError(_all_problems(refused.parser, refused.error, recipe, given, problems)) from None
     except MisconfigurationException as error:  # the Trainer's word on arguments that do not go together
         raise ConfigError(str(error)) from error

@@ -1,4 +1,4 @@
-"""What the plain network of a run sees in images that nobody labelled."""
+"""Predictions of the plain network of a run on images that nobody labelled."""
 
 import inspect
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ def predict(run: Path, images: Sequence[Path], out: Path, **options: Any) -> lis
         run: Run folder.
         images: Image files.
         out: Folder for the results; made if absent.
-        options: Of the task's own ``predict``, for example ``threshold``.
+        options: Options of the task's own ``predict``, for example ``threshold``.
 
     Returns:
-        The files written.
+        The files that were written.
 
     Raises:
         FileNotFoundError: When it is no run folder, or has no checkpoint.
@@ -28,8 +28,8 @@ def predict(run: Path, images: Sequence[Path], out: Path, **options: Any) -> lis
     function = run_part(run, "predict").predict
     known = inspect.signature(function).parameters
     if unknown := [name for name in options if name not in known]:
-        named = ", ".join(f"--{name}" for name in unknown)
-        raise ValueError(f"Expected options that predictions of this task have, got {named}. Leave it out.")
+        named, own = (", ".join(f"--{name}" for name in names) for names in (unknown, list(known)[3:]))
+        raise ValueError(f"This task's predict has no option {named}. It has: {own or 'none'}.")
     if not images:
         raise ValueError("Expected at least one image to predict on, got none.")
     if beside := [image for image in images if image.resolve().parent == out.resolve()]:

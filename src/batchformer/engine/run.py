@@ -100,11 +100,15 @@ def _planned(recipe: Path, overrides: Sequence[str], folder: Path) -> tuple[Ligh
     """Parse a recipe and the settings of all its stages, so that what is wrong is said before the first one."""
     whole = parse(recipe, overrides, **_surroundings(folder, []))
     stages = plan(whole.config.get("stages"), whole.model.stages)
-    if whole.config.get("stages") and setting(recipe, overrides, "trainer.max_epochs") is not None:
-        raise ConfigError(
-            "Expected the epochs of each stage, got trainer.max_epochs beside stages. Leave it out, and set "
-            f"--stages.{stages[-1].stage.name}.epochs."
-        )
+    if whole.config.get("stages"):
+        asked = any(word.startswith("--trainer.max_epochs=") for word in overrides)
+        if asked and setting(recipe, overrides, "trainer.max_epochs") is not None:
+            raise ConfigError(
+                "Expected the epochs of each stage, got trainer.max_epochs beside stages. Leave it out, and set "
+                f"--stages.{stages[-1].stage.name}.epochs."
+            )
+        # The recipe's own epochs give way to those of stages that are asked for on top of it.
+        whole = parse(recipe, overrides, ["--trainer.max_epochs=null"], **_surroundings(folder, []))
     for planned in stages:
         trainer = parse(recipe, overrides, planned.overrides, **_surroundings(folder, [])).trainer
         if getattr(trainer, "fast_dev_run", False) or trainer.limit_test_batches == 0:

@@ -101,14 +101,13 @@ def plan(listed: Sequence[StageSettings] | None, known: Mapping[str, str]) -> li
 
 
 def fold(words: Sequence[str], listed: Any) -> list[str]:
-    """Put ``--stages.<name>.<key>=value`` words into one ``--stages=`` word; ``--stages.<name>=null`` leaves one out.
+    """Put ``--stages.<name>.<key>=value`` words into one ``--stages=`` word.
+
+    A stage that is not listed yet is appended; ``--stages.<name>=null`` leaves one out.
 
     Args:
         words: ``--key=value`` words of the user.
         listed: Stages of the recipe, a list of mappings.
-
-    Raises:
-        ConfigError: For a stage that the recipe has not.
 
     Example:
         >>> fold(["--stages.crt.epochs=2"], [{"name": "train", "epochs": 9}, {"name": "crt", "epochs": 5}])
@@ -119,27 +118,24 @@ def fold(words: Sequence[str], listed: Any) -> list[str]:
         key, _, value = word.removeprefix("--").partition("=")
         if key == "stages":
             listed = yaml.safe_load(value)
-        if key.startswith(PREFIX):
+        elif key.startswith(PREFIX):
             changes.append((*key.removeprefix(PREFIX).partition(".")[::2], yaml.safe_load(value)))
-        elif key != "stages":
+        else:
             rest.append(word)
     if not changes:
         return list(words)
-    stages = [dict(one) for one in listed or ()]
+    stages = {str(one.get("name")): dict(one) for one in listed or ()}
     for name, key, value in changes:
-        found = next((one for one in stages if one.get("name") == name), None)
-        if found is None:
-            known = ", ".join(str(one.get("name")) for one in stages) or "none"
-            raise ConfigError(f"Expected a stage of the recipe for --{PREFIX}{name}.{key}, which has {known}.")
         if not key and value is None:
-            stages.remove(found)
+            stages.pop(name, None)
             continue
+        stage = stages.setdefault(name, {"name": name})
         inside = key.removeprefix("settings.")
-        if inside != key:
-            found["settings"] = {**(found.get("settings") or {}), inside: value}
+        if inside == key:
+            stage[key] = value
         else:
-            found[key] = value
-    return [*rest, f"--stages={json.dumps(stages)}"]
+            stage["settings"] = {**(stage.get("settings") or {}), inside: value}
+    return [*rest, f"--stages={json.dumps(list(stages.values()))}"]
 
 
 def last_checkpoint(folder: Path) -> Path:

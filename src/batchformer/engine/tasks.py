@@ -112,7 +112,6 @@ def _imported(module: str, task: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         own = module.partition(".")[0]
-        if str(error.name).partition(".")[0] == own:
-            raise
-        package = "batchformer" if own == "batchformer" else own
-        raise ImportError(f"{error.name} is missing: pip install '{package}[{task}]'") from error
+        if str(error.name).partition(".")[0] == own and util.find_spec(own) is not None:
+            raise  # a defect inside the package, which is there
+        raise ImportError(f"{error.name} is missing: pip install '{own}[{task}]'") from error
