@@ -1,4 +1,4 @@
-"""Run and comparison folders in the real on-disk format, made up from a seed; for tests only."""
+"""Run and comparison folders in the on-disk format of today and of earlier versions, made up from a seed; for tests."""
 
 import csv
 import json
@@ -22,6 +22,19 @@ EFFECTS = {
     "duplicate": (0.0, -0.02),
     "single_stream": (-0.05, -0.06),
 }
+MEASURES = [
+    {"name": "top1", "label": "top-1", "unit": "%", "higher_is_better": True},
+    {"name": "top5", "label": "top-5", "unit": "%", "higher_is_better": True},
+    *(
+        {"name": name, "label": name, "unit": "%", "higher_is_better": True, "part": f"{name}-shot classes"}
+        for name in GROUPS
+    ),
+    {"name": "macro_f1", "label": "macro F1", "unit": "%", "higher_is_better": True},
+    {"name": "ece", "label": "ECE", "unit": "%", "higher_is_better": False},
+    {"name": "accuracy", "label": "accuracy", "unit": "%", "higher_is_better": True},
+]
+# A task whose error has its own unit, lies above 1 and is better when it is low.
+ERROR = {"name": "mae", "label": "mean error", "unit": "years", "higher_is_better": False}
 ENVIRONMENT: dict[str, Any] = {
     "versions": {"batchformer": "0.1.0", "python": "3.11.7", "torch": "2.9.0"},
     "hardware": {"cpu": "Example CPU @ 2.00GHz", "cores": 2, "memory_gb": 8, "gpu": None},
@@ -37,16 +50,23 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
-def write_curves(folder: Path, epochs: int, noise: random.Random, final: float) -> None:
+def config_text(arm: str, seed: int, *more: str) -> str:
+    """A resolved config; ``more`` are lines at its end."""
+    head = f"seed_everything: false\nmodel:\n  batchformer:\n    arm: {arm}\n  optimizer:\n    lr: 0.1\n"
+    data = "data:\n  subset_seed: 0\n  augment:\n  - crop=4\n  - flip\n"
+    return "\n".join([f"{head}{data}task: longtail\nseed: {seed}", *more, ""])
+
+
+def write_curves(folder: Path, epochs: int, noise: random.Random, final: float, primary: str = "top1") -> None:
     """Sparse rows as Lightning's CSVLogger writes them: the loss in one row, the validation in another."""
     with (folder / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["epoch", "step", "train_loss", "val_top1"], restval="")
+        writer = csv.DictWriter(file, ["epoch", "step", "train_loss", f"val_{primary}"], restval="")
         writer.writeheader()
         for epoch in range(epochs):
             step = 38 * (epoch + 1) - 1
             progress = 1 - math.exp(-(epoch + 1) / 4)
             loss = 2.3 - 1.7 * progress + noise.gauss(0, 0.03)
-            writer.writerow({"epoch": epoch, "step": step, "val_top1": final * progress + noise.gauss(0, 0.01)})
+            writer.writerow({"epoch": epoch, "step": step, f"val_{primary}": final * progress + noise.gauss(0, 0.01)})
             writer.writerow({"epoch": epoch, "step": step, "train_loss": loss})
 
 
@@ -55,6 +75,8 @@ def write_run(
     arm: str = "plain",
     seed: int = 0,
     *,
+    unit: str = "",
+    older: bool = False,
     recipe: str = "longtail/fashion-mnist-lt",
     metrics: Mapping[str, float | None] | None = None,
     names: Sequence[str] = NAMES,
@@ -65,9 +87,12 @@ def write_run(
     done: bool = True,
     epochs: int = 15,
 ) -> Path:
-    """One run folder; ``metrics``, ``result`` and ``environment`` replace single entries."""
+    """One run folder; ``metrics``, ``result`` and ``environment`` replace single entries.
+
+    An ``older`` one is without what results have since they describe themselves: measures, unit, stages.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    shared, own = random.Random(f"seed {seed}"), random.Random(f"{arm} {seed}")
+    shared, own = random.Random(f"seed {seed}{unit}"), random.Random(f"{arm} {seed}{unit}")
     head, tail = EFFECTS.get(arm, (0.0, 0.0))
     accuracy = []
     for rank in range(len(names)):
@@ -97,10 +122,17 @@ def write_run(
         "split": "test",
         "date": f"2026-01-02T03:{4 + seed:02d}:05+00:00",
         "host": {"cpu": "Example CPU @ 2.00GHz", "cores": 2},
-        **(result or {}),
     }
-    text = f"recipe: {recipe}\narm: {arm}\nseed_everything: {seed}\nmodel:\n  lr: 0.1\n  milestones:\n  - 8\n  - 12\n"
-    (folder / "config.yaml").write_text(text if config is None else config, encoding="utf-8")
+    if not older:
+        times = {name: content["cost"][name] for name in ("step_ms", "train_seconds")}
+        content |= {
+            "measures": MEASURES,
+            "unit": {"name": unit} if unit else None,
+            "stages": [{"name": "main", "epochs": epochs, **times}],
+        }
+    content |= result or {}
+    text = config_text(arm, seed) if config is None else config
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
     write_json(folder / "environment.json", {**ENVIRONMENT, **(environment or {})})
     write_curves(folder, epochs, own, top1)
     if done:
@@ -117,6 +149,7 @@ def write_comparison(
     seeds: Sequence[int] = (0, 1, 2),
     *,
     top1: Mapping[str, Sequence[float | None]] | None = None,
+    units: Sequence[str] = (),
     plan: Mapping[str, Any] | None = None,
     **run: Any,
 ) -> Path:
@@ -124,7 +157,9 @@ def write_comparison(
     for arm in arms:
         for index, seed in enumerate(seeds):
             metrics = {"top1": top1[arm][index]} if top1 else None
-            write_run(folder / arm / f"seed{seed}", arm, seed, metrics=metrics, **run)
+            for unit in units or ("",):
+                path = folder / arm / (f"seed{seed}-{unit}" if unit else f"seed{seed}")
+                write_run(path, arm, seed, unit=unit, metrics=metrics, **run)
     content = {
         "recipe": run.get("recipe", "longtail/fashion-mnist-lt"),
         "command": f"batchformer compare longtail/fashion-mnist-lt --seeds {len(seeds)}",
@@ -132,6 +167,7 @@ def write_comparison(
         "seeds": list(seeds),
         "primary": "top1",
         "date": "2026-01-02T03:04:05+00:00",
+        **({"units": [{"name": unit, "label": unit.title()} for unit in units]} if units else {}),
         **(plan or {}),
     }
     write_json(folder / "compare.json", content)
@@ -144,7 +180,9 @@ class Folders:
     run = staticmethod(write_run)
     comparison = staticmethod(write_comparison)
     json = staticmethod(write_json)
+    config = staticmethod(config_text)
     all_arms = tuple(EFFECTS)
+    error = ERROR
 
 
 @pytest.fixture

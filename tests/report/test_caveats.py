@@ -1,16 +1,18 @@
 import re
+import sys
 
 import pytest
 
 from batchformer.report import find_runs, read_comparison
-from batchformer.report.caveats import caveats, flatten_config, hardware, run_caveats, versions
+from batchformer.report.caveats import caveats, hardware, run_caveats, versions
+from batchformer.report.settings import flatten, settings_of
 
 
 def test_a_clean_comparison_has_no_caveats(folders, tmp_path):
     assert caveats(read_comparison(folders.comparison(tmp_path / "cmp", folders.all_arms, range(5)))) == []
 
 
-@pytest.mark.parametrize(("seeds", "start"), [((0,), "1 paired seed only"), ((0, 1, 2, 3), "4 paired seeds only")])
+@pytest.mark.parametrize(("seeds", "start"), [((0,), "Only 1 paired seed:"), ((0, 1, 2, 3), "Only 4 paired seeds:")])
 def test_few_seeds_are_a_caveat(folders, tmp_path, seeds, start):
     assert caveats(read_comparison(folders.comparison(tmp_path / "cmp", seeds=seeds)))[0].startswith(start)
 
@@ -19,9 +21,9 @@ def test_every_run_that_is_left_out_has_its_line(folders, tmp_path):
     folder = folders.comparison(tmp_path / "cmp", seeds=range(5))
     (folder / "plain" / "seed3" / "done").unlink()
     lines = caveats(read_comparison(folder))
-    assert lines[0] == "1 of 10 planned runs are not in the tables:"
+    assert lines[0] == "Missing from the tables: 1 of 10 planned runs."
     assert lines[1].startswith("plain/seed3: unfinished")
-    assert lines[2].startswith("4 paired seeds only")
+    assert lines[2].startswith("Only 4 paired seeds")
 
 
 @pytest.mark.parametrize(
@@ -60,46 +62,107 @@ def test_an_undefined_metric_is_named(folders, tmp_path):
     folder = folders.comparison(tmp_path / "cmp", seeds=range(5))
     folders.run(folder / "plain" / "seed4", "plain", 4, metrics={"few": None})
     assert caveats(read_comparison(folder)) == [
-        "few is undefined (no class or image to measure) in plain/seed4; left out of its means."
+        "few is undefined in plain/seed4, where there is no class or image to measure; its means leave this seed out."
     ]
 
 
+def with_settings(folders, path, lines, **comparison):
+    """A comparison of five seeds whose config.yaml has further lines, by a function of arm, seed and unit."""
+    folder = folders.comparison(path, seeds=range(5), **comparison)
+    for file in folder.glob("*/*/config.yaml"):
+        arm, (seed, _, unit) = file.parents[1].name, file.parent.name.removeprefix("seed").partition("-")
+        file.write_text(folders.config(arm, int(seed), *lines(arm, int(seed), unit)))
+    return caveats(read_comparison(folder))
+
+
 def test_settings_that_seed_and_arm_do_not_explain_are_named(folders, tmp_path):
-    folder = folders.comparison(tmp_path / "cmp", seeds=range(5))
-    config = (folder / "plain" / "seed4" / "config.yaml").read_text()
-    folders.run(folder / "plain" / "seed4", "plain", 4, config=config.replace("lr: 0.1", "lr: 0.2"))
-    lines = caveats(read_comparison(folder))
-    assert lines[0] == "Setting model.lr differs: 0.1 in plain/seed0, 0.2 in plain/seed4."
-    assert lines[1].startswith("Expected the same settings but for seed and arm")
-    assert len(lines) == 2
+    lines = with_settings(
+        folders, tmp_path / "cmp", lambda arm, seed, _: [f"lr: {0.2 if (arm, seed) == ('plain', 4) else 0.1}"]
+    )
+    assert lines == [
+        "Runs differ in settings other than seed and arm, which may be what the tables show.",
+        "Setting lr differs: 0.1 in plain/seed0, 0.2 in plain/seed4.",
+    ]
 
 
-def test_the_runs_own_folder_and_the_plug_in_are_no_difference(folders, tmp_path):
+# The seeds that say which images there are, are no seeds of the run.
+@pytest.mark.parametrize(
+    ("key", "free_of_seed", "free_of_arm"),
+    [
+        ("seed", True, True),
+        ("data.seed", True, True),
+        ("model.seed", True, True),
+        ("model.batchformer.drop", False, True),
+        ("model.batchformer.arm", False, True),
+        ("model.batchformers.drop", False, False),
+        ("other.model.batchformer.drop", False, False),
+        ("data.subset_seed", False, False),
+        ("data.class_order_seed", False, False),
+        ("data.seeds", False, False),
+        ("model.network.arm", False, False),
+        ("arm", False, False),
+        ("trainer.plugins", False, False),
+    ],
+)
+def test_only_the_seed_and_the_module_are_free(folders, tmp_path, key, free_of_seed, free_of_arm):
+    def config(value):
+        return f"{{{key.replace('.', ': {')}: {value}{'}' * (key.count('.') + 1)}"
+
+    for name, value, free in (
+        ("seeds", lambda arm, seed: seed, free_of_seed),
+        ("arms", lambda arm, seed: len(arm), free_of_arm),
+    ):
+        folder = folders.comparison(tmp_path / name, seeds=range(5))
+        for arm in ("plain", "batchformer"):
+            for seed in range(5):
+                (folder / arm / f"seed{seed}" / "config.yaml").write_text(config(value(arm, seed)))
+        lines = caveats(read_comparison(folder))
+        assert any(line.startswith(f"Setting {key} differs:") for line in lines) == (not free), (name, lines)
+
+
+def test_settings_of_a_unit_are_free_when_all_arms_have_them(folders, tmp_path):
+    units = ("photo", "sketch")
+    alike = with_settings(folders, tmp_path / "alike", lambda arm, seed, unit: [f"target: {unit}"], units=units)
+    assert alike == []
+    lines = with_settings(
+        folders, tmp_path / "unlike", lambda arm, seed, unit: [f"target: {arm if unit == 'photo' else 0}"], units=units
+    )
+    assert lines[1:] == ["Setting target differs: plain in plain/seed0-photo, batchformer in batchformer/seed0-photo."]
+
+
+def test_the_runs_own_folder_is_no_difference(folders, tmp_path):
+    path = tmp_path / "cmp"
+
+    def lines(arm, seed, unit):
+        return [f"out: {path}/{arm}/seed{seed}", f"start: runs/before/{arm}/seed{seed}/last.ckpt"]
+
+    assert with_settings(folders, path, lines) == []
+
+
+@pytest.mark.parametrize("text", ["model: [", "- 1", ""])
+def test_settings_that_cannot_be_compared_are_said(folders, tmp_path, text):
     folder = folders.comparison(tmp_path / "cmp", seeds=range(5))
-    for arm, drop in (("plain", "null"), ("batchformer", "0.5")):
-        for seed in range(5):
-            path = folder / arm / f"seed{seed}"
-            text = f"arm: {arm}\nseed: {seed}\nout: {path}\nmodel:\n  batchformer:\n    drop: {drop}\n  lr: 0.1\n"
-            folders.run(path, arm, seed, config=text)
-    assert caveats(read_comparison(folder)) == []
+    (folder / "plain" / "seed4" / "config.yaml").write_text(text)
+    assert caveats(read_comparison(folder)) == [
+        "The settings of plain/seed4 were not compared: config.yaml is missing or not valid YAML."
+    ]
 
 
 def test_training_images_that_differ_between_runs_are_said(folders, tmp_path):
     folder = folders.comparison(tmp_path / "cmp", seeds=range(5))
     counts = (2000, 1199, 718, 430, 258, 154, 92, 55, 20, 33)
     folders.run(folder / "plain" / "seed4", "plain", 4, counts=counts)
-    assert caveats(read_comparison(folder))[0].startswith("The training images per class differ between runs")
+    assert caveats(read_comparison(folder))[0].startswith("The training images of each class differ between runs")
 
 
-def test_flattened_config_equals_a_real_yaml_reader():
-    yaml = pytest.importorskip("yaml")
-    tree = {"a": 1, "b": {"c": [1, 2, {"d": 3, "e": {"f": 4}}], "g": "x: y", "h": {}}, "i": [[5, 6], 7]}
+def test_settings_are_flattened_to_dotted_keys():
+    tree = {"a": 1, "b": {"c": [1, {"d": None, "e": {"f": 4}}], "g": "x: y", "h": {}}, "i": [[5], []]}
+    flat = {"a": 1, "b.c.0": 1, "b.c.1.d": None, "b.c.1.e.f": 4, "b.g": "x: y", "b.h": {}, "i.0.0": 5, "i.1": []}
+    assert dict(flatten(tree)) == flat
+    assert settings_of("a: 1\nb: {c: [2, x]}\n") == {"a": 1, "b.c.0": 2, "b.c.1": "x"}
 
-    def flat(value, name=()):
-        pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-        if not pairs:
-            return {".".join(name): value}
-        return {k: v for key, entry in pairs for k, v in flat(entry, (*name, str(key))).items()}
 
-    ours = flatten_config(yaml.safe_dump(tree, sort_keys=False))
-    assert {key: yaml.safe_load(value) for key, value in ours.items()} == flat(tree)
+def test_without_pyyaml_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(ImportError, match=r"pip install 'batchformer\[train\]'"):
+        settings_of("a: 2 # not read before")

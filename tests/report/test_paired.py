@@ -1,11 +1,11 @@
 import math
 import random
-import statistics as stdlib_statistics
+import statistics
 
 import pytest
 import scipy.stats
 
-from batchformer.report.paired import paired_difference, summarize, t_quantile
+from batchformer.report.paired import average_units, paired_difference, summarize, t_quantile
 
 NAN = math.nan
 
@@ -18,8 +18,8 @@ def by_seed(*values: float) -> dict[int, float]:
 def test_summary_equals_the_standard_library(n):
     values = [random.Random(n).uniform(0, 1) for _ in range(n)]
     summary = summarize(values)
-    assert summary.mean == pytest.approx(stdlib_statistics.mean(values), abs=1e-15)
-    assert summary.sd == pytest.approx(stdlib_statistics.stdev(values), abs=1e-15)
+    assert summary.mean == pytest.approx(statistics.mean(values), abs=1e-15)
+    assert summary.sd == pytest.approx(statistics.stdev(values), abs=1e-15)
     assert (summary.n, summary.undefined) == (n, 0)
 
 
@@ -135,3 +135,25 @@ def test_swapping_the_arms_mirrors_the_interval():
 def test_confidence_outside_the_unit_interval_is_refused(confidence):
     with pytest.raises(ValueError, match=r"Expected a confidence between 0 and 1, got .* Pass 0\.95"):
         paired_difference({}, {}, confidence=confidence)
+
+
+def test_a_seed_counts_once_with_the_mean_of_all_its_units():
+    values = {0: {"a": 1.0, "b": 3.0}, 1: {"a": 1.0}, 2: {"b": 5.0, "a": NAN, "c": 9.0}}
+    means = average_units(values, ["a", "b"])
+    assert means[0] == 2.0
+    assert math.isnan(means[2])  # a mean over fewer units would be another quantity
+    assert list(means) == [0, 2]
+    assert average_units({7: {"": 0.1}}, [""]) == {7: 0.1}  # to the bit
+
+
+def test_units_of_a_seed_are_no_further_pairs():
+    """Ten units of one seed that agree say no more than one: the interval is that of the means of the seeds."""
+    source = random.Random(0)
+    arm = {s: {f"u{u}": 0.8 + 0.05 * source.gauss(0, 1) for u in range(10)} for s in range(4)}
+    reference = {s: dict.fromkeys(units, 0.8) for s, units in arm.items()}
+    names = [f"u{u}" for u in range(10)]
+    difference = paired_difference(average_units(arm, names), average_units(reference, names))
+    oracle = scipy.stats.ttest_1samp([statistics.mean(units.values()) - 0.8 for units in arm.values()], 0.0)
+    interval = oracle.confidence_interval(0.95)
+    assert (difference.low, difference.high) == pytest.approx((interval.low, interval.high), abs=1e-12)
+    assert difference.n == 4

@@ -63,7 +63,7 @@ def test_with_two_seeds_no_interval_is_drawn(folders, tmp_path):
 
 
 def test_curves_are_the_mean_over_seeds(full):
-    from batchformer.report.reading import read_curves
+    from batchformer.report.curves import read_curves
 
     _, ax = plot_curves(full, "val_top1")
     curves = [list(read_curves(run.path)["val_top1"].values()) for run in full.of("plain")]
@@ -130,7 +130,7 @@ def test_plots_without_their_data_say_what_they_need(folders, tmp_path):
         plot_differences(comparison)
     with pytest.raises(ReportError, match="Expected per-class results"):
         plot_classes(comparison)
-    with pytest.raises(ReportError, match="Expected metrics of groups such as many"):
+    with pytest.raises(ReportError, match="Expected metrics of groups, such as few-shot classes"):
         plot_groups(comparison)
     with pytest.raises(ReportError, match="Expected a column 'val_map'"):
         plot_curves(comparison, "val_map")

@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from batchformer.report import LeftOut, ReportError, Run, find_runs, read_comparison, read_run
-from batchformer.report.reading import read_curves
+from batchformer.report.curves import read_curves
 
 
 def test_a_run_folder_is_read_whole(folders, tmp_path):
@@ -17,7 +17,7 @@ def test_a_run_folder_is_read_whole(folders, tmp_path):
     assert run.cost["parameters_test"] == 391498
     assert (run.selection, run.split) == ("last epoch", "test")
     assert run.environment["precision"] == "32-true"
-    assert "milestones" in run.config
+    assert "augment" in run.config
 
 
 def test_the_nan_literal_of_pythons_json_is_read(folders, tmp_path):
@@ -28,7 +28,9 @@ def test_the_nan_literal_of_pythons_json_is_read(folders, tmp_path):
 def test_an_unfinished_run_says_how_far_it_came(folders, tmp_path):
     entry = read_run(folders.run(tmp_path / "run", done=False, epochs=4))
     assert isinstance(entry, LeftOut)
-    assert entry.reason == "unfinished: no mark `done`, stopped after epoch 3; continue it with --resume"
+    assert entry.reason == (
+        "unfinished (it has no file named done): it stopped after epoch 3; continue it with --resume"
+    )
     (tmp_path / "run" / "metrics.csv").unlink()
     assert "before the first epoch ended" in read_run(tmp_path / "run").reason
 
@@ -86,7 +88,7 @@ def test_missing_unfinished_broken_and_foreign_runs_of_a_comparison_are_listed(f
     comparison = read_comparison(folder)
     assert [(run.arm, run.seed) for run in comparison.runs] == [("plain", 0), ("batchformer", 2)]
     reasons = {f"{entry.path.parent.name}/{entry.path.name}": entry.reason for entry in comparison.left_out}
-    assert reasons["plain/seed1"] == "missing: never started; start it with --resume"
+    assert reasons["plain/seed1"] == "missing: it was never started; start it with --resume"
     assert reasons["plain/seed2"].startswith("unfinished")
     assert reasons["batchformer/seed0"].startswith("unreadable")
     assert (

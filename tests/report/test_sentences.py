@@ -4,17 +4,19 @@ from pathlib import Path
 import pytest
 
 from batchformer.report import Comparison, Run, paired_difference
+from batchformer.report.measures import Measure
 from batchformer.report.sentences import (
     arm_text,
     conclusions,
     control_sentence,
     gain_sentence,
     multiple_comparisons,
-    points,
     verdict_text,
 )
 from batchformer.report.tables import controls_table
 
+TOP1 = Measure("top1", "top-1")
+YEARS = Measure("mae", "mean error", "years", higher_is_better=False)
 UP = (0.02, 0.03, 0.02, 0.03, 0.02)
 DOWN = tuple(-value for value in UP)
 MIXED = (0.02, -0.03, 0.02, -0.03, 0.03)
@@ -24,28 +26,28 @@ CASES = {"better": UP, "open": MIXED, "worse": DOWN, "few": UP[:2]}
 WORDING = {
     "self_only": {
         "better": "relations between samples matter here.",
-        "open": "it is not shown that relations between samples matter here.",
+        "open": "self_only did about as well; these runs do not show that relations between samples matter.",
         "worse": "relations between samples do not explain a gain here.",
     },
     "frozen": {
-        "better": "so what it learns matters here.",
-        "open": "it is not shown that what the module learns matters here.",
+        "better": "so what the module learns matters here.",
+        "open": "frozen did about as well; these runs do not show that what the module learns matters.",
         "worse": "what the module learns does not explain a gain here.",
     },
     "duplicate": {
         "better": "so the layer itself matters here.",
-        "open": "it is not shown that the layer itself matters here.",
+        "open": "duplicate did about as well; these runs do not show that the layer itself matters.",
         "worse": "the layer itself does not explain a gain here.",
     },
     "single_stream": {
         "better": "keeping the plain stream matters here.",
-        "open": "it is not shown that the plain stream is needed here.",
+        "open": "single_stream did about as well; these runs do not show that the plain stream is needed.",
         "worse": "the plain stream is not needed here.",
     },
     "my_arm": {
-        "better": "what sets the two apart matters here.",
-        "open": "It is not shown that what sets BatchFormer and this arm apart matters here.",
-        "worse": "what sets the two apart does not explain a gain here.",
+        "better": "the difference between the two matters here.",
+        "open": "my_arm did about as well; these runs do not show that the difference between the two matters.",
+        "worse": "the difference between the two does not explain a gain here.",
     },
 }
 
@@ -81,23 +83,24 @@ def test_two_streams_with_dropout_differ_from_a_single_one_in_more_than_the_laye
     one = dataclasses.replace(two, runs=tuple(dataclasses.replace(run, config=SINGLE) for run in two.runs))
     assert any("so the layer itself matters here" in line for line in conclusions(two))
     assert not any("the layer itself" in line for line in conclusions(one))
-    assert sum("what sets the two apart matters here" in line for line in conclusions(one)) == 1
-    assert sum("so what it learns matters here" in line for line in conclusions(one)) == 1
+    assert sum("the difference between the two matters here" in line for line in conclusions(one)) == 1
+    assert sum("so what the module learns matters here" in line for line in conclusions(one)) == 1
 
 
 @pytest.mark.parametrize("control", WORDING)
 @pytest.mark.parametrize("case", ["better", "open", "worse"])
 def test_each_control_says_what_its_numbers_allow(control, case):
-    sentence = control_sentence(control, difference(CASES[case]))
+    sentence = control_sentence(control, difference(CASES[case]), TOP1)
     assert sentence.endswith(WORDING[control][case])
-    assert ("not shown" in sentence) == (case == "open")
-    assert sentence.startswith(f"{control} (BatchFormer minus it: {'-' if case in ('worse',) else '+'}")
+    assert ("do not show" in sentence) == (case == "open")
+    assert sentence.startswith(f"BatchFormer minus {control}: {'-' if case in ('worse',) else '+'}")
 
 
 @pytest.mark.parametrize("control", WORDING)
 def test_with_too_few_seeds_no_control_says_anything(control):
-    assert control_sentence(control, difference(CASES["few"])).endswith("2 pairs): Too few seeds to say.")
-    assert control_sentence(control, difference(())).endswith("no pair of seeds): Too few seeds to say.")
+    end = "There are too few seeds to say more."
+    assert control_sentence(control, difference(CASES["few"]), TOP1).endswith(f"2 pairs. {end}")
+    assert control_sentence(control, difference(()), TOP1).endswith(f"no pair of seeds. {end}")
 
 
 @pytest.mark.parametrize(
@@ -108,12 +111,15 @@ def test_with_too_few_seeds_no_control_says_anything(control):
             "BatchFormer improves top-1 over the plain network (+2.40 points, 95 % interval +1.72 to +3.08, 5 pairs).",
         ),
         ("worse", "BatchFormer worsens top-1 against the plain network (-2.40 points"),
-        ("open", "No difference in top-1 between BatchFormer and the plain network is shown (+0.20 points"),
-        ("few", "Too few seeds to say whether BatchFormer changes top-1 (+2.50 points, no interval, 2 pairs)"),
+        ("open", "These runs show no difference in top-1 between BatchFormer and the plain network (+0.20 points"),
+        (
+            "few",
+            "There are too few seeds to say whether BatchFormer changes top-1 (+2.50 points, no interval, 2 pairs)",
+        ),
     ],
 )
 def test_the_main_sentence(case, start):
-    sentence = gain_sentence(difference(CASES[case]), "top1")
+    sentence = gain_sentence(difference(CASES[case]), TOP1)
     assert sentence.startswith(start)
     assert ("improves" in sentence) == (case == "better")
     if case == "open":
@@ -121,20 +127,23 @@ def test_the_main_sentence(case, start):
 
 
 def test_few_seeds_and_lack_of_spread_are_said():
-    few = gain_sentence(difference(UP[:4]), "top1")
-    assert few.endswith("Only 4 pairs: the interval leans on an assumed normal distribution.")
+    few = gain_sentence(difference(UP[:4]), TOP1)
+    assert few.endswith("With 4 seeds the interval is only rough.")
     assert verdict_text(difference(UP[:4])) == "improves (few seeds)"
     assert verdict_text(difference(UP)) == "improves"
     assert verdict_text(difference(UP[:2])) == "too few seeds"
-    assert "check that the seeds change anything" in gain_sentence(difference((0.01,) * 5), "top1")
+    assert "check that the seeds change anything" in gain_sentence(difference((0.01,) * 5), TOP1)
 
 
 def test_a_gain_without_self_only_leaves_its_source_open():
     plain = (0.8,) * 5
     gain = tuple(0.8 + value for value in UP)
-    assert "is open: that takes the control `self_only`" in conclusions(comparison(plain=plain, batchformer=gain))[-1]
+    assert (
+        "cannot tell whether the gain comes from relations"
+        in conclusions(comparison(plain=plain, batchformer=gain))[-1]
+    )
     sentences = conclusions(comparison(plain=plain, batchformer=gain, self_only=plain))
-    assert not any("is open" in sentence for sentence in sentences)
+    assert not any("cannot tell" in sentence for sentence in sentences)
     assert "relations between samples matter here" in sentences[-1]
 
 
@@ -144,29 +153,53 @@ def test_a_gain_that_self_only_reaches_too_is_not_put_down_to_relations():
     same = tuple(value - shift for value, shift in zip(gain, MIXED, strict=True))
     sentences = conclusions(comparison(plain=plain, batchformer=gain, self_only=same))
     assert sentences[0].startswith("BatchFormer improves top-1")
-    assert "it is not shown that relations between samples matter here" in sentences[1]
+    assert "these runs do not show that relations between samples matter" in sentences[1]
 
 
 def test_without_a_gain_the_controls_have_nothing_to_explain():
     plain = (0.8,) * 5
     open_gain = tuple(0.8 + value for value in MIXED)
     sentences = conclusions(comparison(plain=plain, batchformer=open_gain, frozen=plain))
-    assert sentences[1] == "As no gain over the plain network is shown, the controls have no gain to explain."
+    assert sentences[1] == "These runs show no gain over the plain network, so the controls have no gain to explain."
     gain = tuple(0.8 + value for value in UP)
     assert not any("no gain" in s for s in conclusions(comparison(plain=plain, batchformer=gain, frozen=plain)))
 
 
 def test_absent_arms_are_said():
     assert conclusions(comparison(plain=(0.8,) * 5)) == [
-        "No finished run with BatchFormer: nothing can be said about it yet."
+        "No run with BatchFormer is finished, so nothing can be said about it yet."
     ]
-    assert conclusions(comparison(batchformer=(0.8,) * 5))[0].startswith("No finished plain run")
+    assert conclusions(comparison(batchformer=(0.8,) * 5))[0].startswith("No plain run is finished")
 
 
-def test_the_number_of_questions_is_counted():
-    text = multiple_comparisons(comparison(plain=(0.8,), batchformer=(0.8,), frozen=(0.8,), self_only=(0.8,)))
-    assert "Intervals on it: 5, each at 95 %, not all together" in text  # three arms against plain, two controls
-    assert "Other metrics" not in text  # there are none
+@pytest.mark.parametrize(
+    ("case", "start"),
+    [
+        (
+            "better",
+            "BatchFormer worsens mean error against the plain network (+0.02400 years, 95 % interval +0.01720 to",
+        ),
+        ("worse", "BatchFormer improves mean error over the plain network (-0.02400 years"),
+    ],
+)
+def test_a_lower_error_is_an_improvement_in_its_own_unit(case, start):
+    arm = dataclasses.replace(difference(CASES[case]), higher_is_better=False)
+    sentence = gain_sentence(arm, YEARS.fitted([0.05]))
+    assert sentence.startswith(start)
+    assert "pairs; lower is better)." in sentence
+    assert "points" not in sentence
+    assert control_sentence("frozen", arm, YEARS).endswith(WORDING["frozen"]["better" if case == "worse" else "worse"])
+
+
+def test_the_number_of_intervals_is_counted():
+    runs = dict.fromkeys(("plain", "batchformer", "frozen", "self_only"), (0.8, 0.81, 0.83))
+    text = multiple_comparisons(comparison(**runs))
+    assert "5 intervals (3 arms against plain, 2 against controls); expect one in 20 to exclude zero by luck." in text
+    assert "other metric" not in text  # there are none
+    runs["frozen"] = runs["self_only"] = (0.8,)
+    assert " 1 interval (1 arm against plain); expect" in multiple_comparisons(comparison(**runs))
+    few = {name: values[:2] for name, values in runs.items()}
+    assert "There are no intervals: they take at least 3 paired seeds." in multiple_comparisons(comparison(**few))
 
 
 @pytest.mark.parametrize(
@@ -181,10 +214,10 @@ def test_the_number_of_questions_is_counted():
     ],
 )
 def test_rounding_never_hides_a_sign(value, text):
-    assert points(value) == text
+    assert TOP1.signed(value) == text
 
 
 def test_an_interval_just_above_zero_does_not_read_as_if_it_held_zero():
     arm = difference((-0.0005, 0.0019, 0.006, 0.0066, 0.0075))
     assert arm.verdict == "improves"
-    assert "interval +0.003 to +0.86" in gain_sentence(arm, "top1")
+    assert "interval +0.003 to +0.86" in gain_sentence(arm, TOP1)

@@ -6,10 +6,10 @@ import re
 import pytest
 
 from batchformer.report import Run, Table, comparison_text, find_runs, read_comparison, to_csv, to_markdown, to_text
+from batchformer.report.costs import cost_table
 from batchformer.report.flat_rows import class_rows, difference_rows, result_rows
 from batchformer.report.tables import (
     controls_table,
-    cost_table,
     difference_table,
     main_table,
     per_class_table,
@@ -138,9 +138,9 @@ def test_an_unfinished_arm_keeps_its_row_and_a_missing_pair_its_note(folders, tm
     comparison = read_comparison(folder)
     table = main_table(comparison)
     assert table.rows[2][:6] == ("frozen", "0 of 4", "n/a", "n/a", "none", "too few seeds")
-    assert "batchformer: difference over 3 pairs; seed 2 is finished in one arm only." in table.notes
+    assert "batchformer: the difference is over 3 pairs, since seed 2 is finished in one arm only." in table.notes
     text = comparison_text(comparison)
-    assert "5 of 12 planned runs are not in the tables" in text
+    assert "Missing from the tables: 5 of 12 planned runs." in text
     assert "plain/seed2: unfinished" in text
 
 
@@ -148,7 +148,7 @@ def test_without_plain_runs_no_difference_is_claimed(folders, tmp_path):
     comparison = read_comparison(folders.comparison(tmp_path / "cmp", ("batchformer",), range(5)))
     assert main_table(comparison).rows[0][3:6] == ("", "", "")
     assert difference_table(comparison).rows == ()
-    assert "No finished plain run" in comparison_text(comparison)
+    assert "No plain run is finished" in comparison_text(comparison)
 
 
 def test_costs_are_medians_and_ratios_pair_by_seed(folders, tmp_path):
@@ -169,23 +169,28 @@ def test_costs_are_medians_and_ratios_pair_by_seed(folders, tmp_path):
 
 def test_costs_say_what_their_times_are(folders, tmp_path):
     cost = {"step_ms": 10.0, "peak_memory_mb": 900.0, "training_memory_mb": 300.0}
-    for name, seeds, words in (("one", (0,), "one seed, so no spread"), ("two", (0, 1), "lowest to highest")):
+    for name, seeds, words in (
+        ("one", (0,), "one run of each arm, so no spread"),
+        ("two", (0, 1), "lowest and the highest"),
+    ):
         folder = folders.comparison(tmp_path / name, seeds=seeds, result={"cost": cost})
         table = cost_table(read_comparison(folder))
         assert words in table.notes[0]
-        assert "wall-clock times of runs one after the other" in table.notes[1]
+        assert table.notes[1].startswith("Times are wall-clock times")
+        assert "Test time is that of the forward passes alone." in table.notes[1]
+        assert "the memory that training added" in table.notes[2]
         row = dict(zip(table.columns, table.rows[1], strict=True))
         assert row["time per step (ms)"] == ("10.0" if name == "one" else "10.0 [10.0 to 10.0]")
         assert row["peak memory (MB)"] == "900"
-        assert row["above start of training (MB)"] == "300"
+        assert row["above start (MB)"] == "300"
 
 
 def test_costs_say_which_parameters_they_count(folders, tmp_path):
     table = cost_table(read_comparison(folders.comparison(tmp_path / "cmp", seeds=(0,))))
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-    counts = [(row["all parameters in training"], row["all parameters at test"]) for row in rows]
+    counts = [(row["parameters in training"], row["parameters at test"]) for row in rows]
     assert counts == [("391,498", "391,498"), ("416,650", "391,498")]
-    assert any("frozen ones too" in note for note in table.notes)
+    assert "Counts include frozen parameters; BatchFormer's exist only in training." in table.notes
 
 
 def test_classes_are_sorted_by_training_images_and_matched_by_name(folders, tmp_path):
@@ -206,7 +211,7 @@ def test_many_classes_are_cut_to_those_that_change_most_and_it_is_said(folders, 
     folder = folders.comparison(tmp_path / "cmp", seeds=(0,), names=names, counts=range(100, 40, -1))
     table = per_class_table(read_comparison(folder), limit=5)
     assert len(table.rows) == 5
-    assert "5 of 60 classes: those that change most. All are in per_class.csv." in table.notes
+    assert "These are the 5 of 60 classes that change most. All are in per_class.csv." in table.notes
     changes = [abs(float(row[-1])) for row in per_class_table(read_comparison(folder), limit=60).rows]
     assert sorted(changes)[-5:] == pytest.approx(sorted(abs(float(row[-1])) for row in table.rows))
 
@@ -220,9 +225,9 @@ def test_unrelated_runs_get_one_table_and_no_claims(folders, tmp_path):
         ("a", "longtail/fashion-mnist-lt", "plain", "0"),
         ("b", "longtail/cifar100-lt", "batchformer", "1"),
     ]
-    assert "no differences are claimed" in table.notes[0]
-    assert "differ in recipe (longtail/cifar100-lt, longtail/fashion-mnist-lt)" in table.notes[1]
-    assert "differ in split (test, val)" in table.notes[2]
+    assert "the table claims no differences" in table.notes[0]
+    assert "differ in recipe (longtail/cifar100-lt, longtail/fashion-mnist-lt)" in table.notes[2]
+    assert "differ in split (test, val)" in table.notes[3]
 
 
 def test_results_csv_keeps_every_digit_and_every_run(folders, tmp_path):
@@ -248,6 +253,7 @@ def test_differences_csv_gives_a_verdict_on_the_primary_metric_only(comparison):
     assert {row["verdict"] for row in rows if not row["primary"]} == {"descriptive"}
     oracle = sum(a - b for a, b in zip(TOP1["batchformer"], TOP1["plain"], strict=True)) / 5
     assert rows[0]["mean"] == pytest.approx(oracle, abs=1e-15)
+    assert {row["unit"] for row in rows} == {""}
 
 
 def test_class_csv_has_a_record_per_run_and_class(folders, tmp_path):
@@ -266,5 +272,5 @@ def test_the_terminal_text_stays_under_120_columns(folders, tmp_path):
 
 
 def test_runs_without_a_metric_show_it_as_absent(tmp_path):
-    runs = (Run(tmp_path / "a", "r", "plain", 0, {"top1": 0.5}), Run(tmp_path / "b", "r", "plain", 1, {"map": 0.25}))
+    runs = (Run(tmp_path / "a", "r", "plain", 0, {"top1": 0.5}), Run(tmp_path / "b", "r", "plain", 1, {"AP": 0.25}))
     assert [row[4:] for row in runs_table(runs).rows] == [("50.00", "n/a"), ("n/a", "25.00")]

@@ -1,7 +1,7 @@
 """The arithmetic of a comparison: pure functions on plain numbers.
 
-All values are fractions (0..1) as the run folders hold them; nothing here rounds or formats. Values that are not finite
-(the accuracy of an empty group of classes is NaN) are left out of every average and counted, never replaced.
+Values are those of the run folders, in any unit; nothing here rounds or formats. Values that are not finite (the
+accuracy of an empty group of classes is NaN) are left out of every average and counted, never replaced.
 """
 
 import math
@@ -16,6 +16,7 @@ __all__ = [
     "PairedDifference",
     "Summary",
     "Verdict",
+    "average_units",
     "paired_difference",
     "summarize",
     "t_quantile",
@@ -33,10 +34,10 @@ class Summary:
     """Mean and spread of one metric over the seeds of one arm.
 
     Attributes:
-        n: How many finite values went in.
-        mean: Their mean; NaN when ``n == 0``.
+        n: Number of finite values.
+        mean: Mean of the finite values; NaN when ``n == 0``.
         sd: Sample standard deviation (divisor ``n - 1``); NaN when ``n < 2``.
-        undefined: How many values were not finite and were left out.
+        undefined: Number of values that were not finite and were left out.
     """
 
     n: int
@@ -49,7 +50,7 @@ def summarize(values: Sequence[float]) -> Summary:
     """Mean and sample standard deviation of the finite values.
 
     Args:
-        values: One number per seed, any unit.
+        values: One number for each seed, in any unit.
 
     Returns:
         The :class:`Summary`, in the unit of ``values``.
@@ -67,6 +68,31 @@ def summarize(values: Sequence[float]) -> Summary:
     else:
         sd = math.sqrt(math.fsum((value - mean) ** 2 for value in finite) / (n - 1)) if n >= 2 else math.nan
     return Summary(n=n, mean=mean, sd=sd, undefined=len(values) - n)
+
+
+def average_units(values: Mapping[int, Mapping[str, float]], units: Sequence[str]) -> dict[int, float]:
+    """Mean over the units of each seed, for seeds that have a value for every unit.
+
+    Runs of one seed on several units (target domains, splits) are not independent, so a seed counts once, with its
+    mean. A value that is not finite makes the mean of its seed undefined: a mean over fewer units would be another
+    quantity.
+
+    Args:
+        values: Seed -> unit -> value.
+        units: Names of the units that every seed must have.
+
+    Returns:
+        Seed -> mean.
+
+    Example:
+        >>> average_units({0: {"photo": 0.5, "sketch": 0.25}, 1: {"photo": 0.5}}, ["photo", "sketch"])
+        {0: 0.375}
+    """
+    return {
+        seed: math.fsum(found[unit] for unit in units) / len(units)
+        for seed, found in values.items()
+        if all(unit in found for unit in units)
+    }
 
 
 def t_quantile(probability: float, degrees: int) -> float:
@@ -96,15 +122,15 @@ class PairedDifference:
     """Difference of two arms, paired by seed: ``arm - reference``.
 
     Attributes:
-        seeds: Seeds for which both arms have a finite value, ascending.
-        differences: One difference per seed of ``seeds``.
+        seeds: Seeds for which both arms have a finite value, in ascending order.
+        differences: One difference for each seed of ``seeds``.
         mean: Mean difference; NaN without a pair.
         sd: Sample standard deviation of the differences; NaN with fewer than two pairs.
         low, high: Ends of the t-interval; NaN with fewer than ``MIN_SEEDS`` pairs.
         unpaired: Seeds that only one of the two arms has.
         undefined: Seeds that both arms have, with a value that is not finite in at least one.
         higher_is_better: False for errors such as the calibration error.
-        confidence: Of the interval, in (0, 1).
+        confidence: Confidence of the interval, in (0, 1).
     """
 
     seeds: tuple[int, ...]
@@ -125,22 +151,22 @@ class PairedDifference:
 
     @property
     def has_interval(self) -> bool:
-        """Whether there are enough pairs for an interval."""
+        """True when there are enough pairs for an interval."""
         return self.n >= MIN_SEEDS
 
     @property
     def few(self) -> bool:
-        """Whether there is an interval that rests on few seeds."""
+        """True when there is an interval and it rests on few seeds."""
         return MIN_SEEDS <= self.n <= FEW_SEEDS
 
     @property
     def no_spread(self) -> bool:
-        """Whether all seeds, two at least, gave the same difference to rounding: perhaps the seed changes nothing."""
-        return self.n >= 2 and self.sd <= 1e-12
+        """True when two or more seeds gave the same difference to rounding: perhaps the seed changes nothing."""
+        return self.n >= 2 and self.sd <= 1e-12 * max(1.0, abs(self.mean))
 
     @property
     def verdict(self) -> Verdict:
-        """What the interval allows to say; an interval that touches zero includes it."""
+        """Verdict that the interval allows; an interval that touches zero includes it."""
         if not self.has_interval:
             return "too few seeds"
         if self.low <= 0.0 <= self.high:
@@ -157,14 +183,14 @@ def paired_difference(
 ) -> PairedDifference:
     r"""Mean difference over seeds with Student's t-interval, :math:`\bar d \pm t_{n-1} s_d / \sqrt n`.
 
-    Pairs by seed because both arms of a comparison share initial weights and data order, so what a seed does to both
-    cancels. Seeds that one arm lacks, or whose value is not finite, are left out and listed.
+    Both arms of a comparison share initial weights and data order, so the effect of a seed on both cancels in a pair.
+    Seeds that one arm lacks, or whose value is not finite, are left out and listed.
 
     Args:
         arm: Seed -> value of the arm in question.
         reference: Seed -> value of the arm it is compared with.
-        higher_is_better: False turns the verdict round, not the sign of the difference.
-        confidence: Of the two-sided interval, in (0, 1).
+        higher_is_better: False for errors; it changes the verdict, not the sign of the difference.
+        confidence: Confidence of the two-sided interval, in (0, 1).
 
     Returns:
         The :class:`PairedDifference`, in the unit of the values.

@@ -1,43 +1,86 @@
-"""Pictures that tasks leave in their run folders, the same one of several arms side by side."""
+"""Pictures of a report: plots, and the pictures that tasks leave in their run folders, of several arms side by side."""
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from .runs import BASELINE, Comparison
+from .runs import BASELINE, Comparison, Run
 
-__all__ = ["picture_table"]
+__all__ = ["Picture", "PictureTable", "picture_table"]
 
 _MOST = 8
 
 
-def picture_table(comparison: Comparison, folder: Path) -> str | None:
-    """``pictures/<name>.png`` of the arms' runs with one seed, as a Markdown table: one row for each name.
+@dataclass(frozen=True)
+class Picture:
+    """A picture in a report.
 
-    Before them stands ``pictures/given/<name>.png``, where a run has it: image and truth, the same in every arm.
+    Attributes:
+        name: Words that stand in for the picture where it cannot be shown.
+        path: Path relative to the folder of the report, with ``/`` between folders.
+    """
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
+class PictureTable:
+    """Pictures side by side.
+
+    Attributes:
+        columns: Heads of the columns after the first one.
+        rows: Name of each row, and its picture in each column; None where there is none.
+        more: Number of rows that are not shown.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Picture | None]]]
+    more: int
+
+
+def picture_table(comparison: Comparison, folder: Path) -> PictureTable | None:
+    """Gather ``pictures/<name>.png`` of the arms' runs with one seed and unit: one row for each name.
+
+    The first column is ``pictures/given/<name>.png``, where a run has it: image and truth, the same in every arm.
 
     Args:
         comparison: Its finished runs.
-        folder: Of the report, to which the links are relative.
+        folder: Folder of the report, to which the paths are relative.
 
     Returns:
         The table; None without pictures.
     """
-    for seed in comparison.seeds:
-        runs = [run for run in comparison.runs if run.seed == seed and (run.path / "pictures").is_dir()]
-        runs.sort(key=lambda run: comparison.arms.index(run.arm))
-        if any(run.arm == BASELINE for run in runs) or (runs and seed == comparison.seeds[-1]):
-            break
-    else:
-        return None
+    runs = _runs_with_pictures(comparison)
     names = sorted({path.name for run in runs for path in (run.path / "pictures").glob("*.png")})
-    sources = [(f"{run.arm}, seed {run.seed}", run.path / "pictures") for run in runs]
+    if not names:
+        return None
+    unit = f", {runs[0].unit}" if runs[0].unit else ""
+    sources = [(f"{run.arm}, seed {run.seed}{unit}", run.path / "pictures") for run in runs]
     given = next((run.path / "pictures" / "given" for run in runs if (run.path / "pictures" / "given").is_dir()), None)
     if given is not None:
         sources.insert(0, ("given", given))
-    lines = [["", *(title for title, _ in sources)], ["---"] * (1 + len(sources))]
-    for name in names[:_MOST]:
-        paths = [source / name for _, source in sources]
-        links = [f"![{name}](<{os.path.relpath(path, folder)}>)" if path.is_file() else "" for path in paths]
-        lines.append([name.removesuffix(".png"), *links])
-    more = f"\n{len(names) - _MOST} more are in the run folders.\n" if len(names) > _MOST else ""
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines) + more if names else None
+    rows = [
+        (name.removesuffix(".png"), [_picture(source / name, folder) for _, source in sources])
+        for name in names[:_MOST]
+    ]
+    return PictureTable([title for title, _ in sources], rows, max(0, len(names) - _MOST))
+
+
+def _runs_with_pictures(comparison: Comparison) -> list[Run]:
+    """Runs of the first seed and unit for which plain has pictures; of the last one with pictures if plain has none."""
+    runs: list[Run] = []
+    for seed in comparison.seeds:
+        for unit in comparison.units:
+            own = [
+                r for r in comparison.runs if (r.seed, r.unit) == (seed, unit.name) and (r.path / "pictures").is_dir()
+            ]
+            runs = sorted(own, key=lambda run: comparison.arms.index(run.arm)) or runs
+            if any(run.arm == BASELINE for run in own):
+                return runs
+    return runs
+
+
+def _picture(path: Path, folder: Path) -> Picture | None:
+    return Picture(path.name, Path(os.path.relpath(path, folder)).as_posix()) if path.is_file() else None

@@ -1,5 +1,7 @@
 """Plots of a comparison: each function returns ``(fig, ax)`` and leaves matplotlib's global state alone.
 
+Axes show values as the tables do: fractions times 100, numbers with another unit as they are.
+
 Figures are made without pyplot, so no window, backend or list of open figures is involved; ``fig.savefig`` writes one.
 Colours are Okabe and Ito's, which people with any colour vision can tell apart; arms also differ in marker.
 """
@@ -10,10 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .curves import read_curves, seed_curves
+from .measures import INTERVAL, Measure
 from .paired import PairedDifference, summarize
-from .reading import read_curves
+from .render import one_line
 from .runs import BASELINE, TREATMENT, Comparison, ReportError
-from .sentences import label, points, verdict_text
+from .sentences import verdict_text
 from .tables import class_lines
 
 if TYPE_CHECKING:
@@ -59,7 +63,7 @@ def _arms(comparison: Comparison) -> list[str]:
 
 
 def plot_differences(comparison: Comparison) -> tuple["Figure", "Axes"]:
-    """Difference to plain on the primary metric: a dot per seed, the mean and its 95 % interval, one line per arm.
+    """Difference to plain on the primary metric: the mean, its interval and a dot for each seed, a line for each arm.
 
     Raises:
         ReportError: There is no pair of finished runs to compare.
@@ -73,8 +77,9 @@ def plot_differences(comparison: Comparison) -> tuple["Figure", "Axes"]:
         >>> ax.get_xlabel()  # fig.savefig("differences.png") writes it
         'difference to plain in top-1 (percentage points)'
     """
-    metric = comparison.primary
-    pairs = [(arm, comparison.difference(arm, BASELINE, metric)) for arm in _arms(comparison) if arm != BASELINE]
+    measure = comparison.measure(comparison.primary)
+    arms = [arm for arm in _arms(comparison) if arm != BASELINE]
+    pairs = [(arm, comparison.difference(arm, BASELINE, comparison.primary)) for arm in arms]
     pairs = [(arm, difference) for arm, difference in pairs if difference.n]
     if not pairs:
         raise ReportError(
@@ -84,32 +89,41 @@ def plot_differences(comparison: Comparison) -> tuple["Figure", "Axes"]:
     ax = fig.subplots()
     ax.axvline(0.0, color=_GREY, linewidth=1, zorder=1)
     for row, (arm, difference) in enumerate(pairs):
-        _difference_row(ax, row, difference, _colour(comparison, arm), _MARKERS.get(arm, "X"))
+        _difference_row(ax, row, difference, measure, (_colour(comparison, arm), _MARKERS.get(arm, "X")))
     ax.set_yticks(range(len(pairs)), [arm for arm, _ in pairs])
     ax.set_ylim(len(pairs) - 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
-    ax.set_xlabel(f"difference to plain in {label(metric)} (percentage points)")
-    ax.set_title("small dot: one seed; large mark: mean; bar: 95 % interval", fontsize=9, color=_GREY, loc="left")
+    brackets = "; ".join(filter(None, (measure.difference_unit, measure.direction)))
+    ax.set_xlabel(_plain_text(f"difference to plain in {measure.label}" + (f" ({brackets})" if brackets else "")))
+    ax.set_title(f"small dot: one seed; large mark: mean; bar: {INTERVAL}", fontsize=9, color=_GREY, loc="left")
     _plain_axes(ax)
     ax.spines["left"].set_visible(False)
     return fig, ax
 
 
-def _difference_row(ax: "Axes", row: int, difference: PairedDifference, colour: str, marker: str) -> None:
-    seeds = [100 * value for value in difference.differences]
+def _difference_row(
+    ax: "Axes", row: int, difference: PairedDifference, measure: Measure, look: tuple[str, str]
+) -> None:
+    colour, marker = look
+    seeds = [measure.scaled(value) for value in difference.differences]
     ax.plot(seeds, [row + 0.2] * len(seeds), "o", color=colour, alpha=0.45, markersize=5, markeredgewidth=0)
-    numbers = points(difference.mean)
+    numbers = measure.mean(difference)
     if difference.has_interval:
-        ends = [100 * difference.low, 100 * difference.high]
+        ends = [measure.scaled(difference.low), measure.scaled(difference.high)]
         ax.plot(ends, [row - 0.1] * 2, color=colour, linewidth=2.5, zorder=3)
-        numbers += f"  [{points(difference.low)}, {points(difference.high)}]"
-    ax.plot(100 * difference.mean, row - 0.1, marker, color=colour, markersize=8, zorder=4)
+        numbers += f"  {measure.interval(difference)}"
+    ax.plot(measure.scaled(difference.mean), row - 0.1, marker, color=colour, markersize=8, zorder=4)
     text = f"{numbers}\n{verdict_text(difference)}"
     ax.annotate(text, (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=8.5, color=_TEXT)
 
 
+def _plain_text(text: str) -> str:
+    """Text of the data for matplotlib, which takes what stands between two dollars for a formula."""
+    return one_line(text).replace("$", r"\$")
+
+
 def plot_classes(comparison: Comparison) -> tuple["Figure", "Axes"]:
-    """The metric of each class, of plain and +BatchFormer, over its training data, the most frequent class first.
+    """The metric of each class, of plain and +BatchFormer, above its training data; the most frequent class is first.
 
     Returns:
         The figure, and the axes of the metric; the axes of the counts are ``fig.axes[1]``.
@@ -122,22 +136,24 @@ def plot_classes(comparison: Comparison) -> tuple["Figure", "Axes"]:
     lines = class_lines(comparison, arms)
     if not lines or not arms:
         raise ReportError("Expected per-class results of plain or batchformer, found none in result.json.")
+    measure = comparison.class_measure
     fig = _figure(8.5, 5.2)
     ax, counts = fig.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     ranks = np.arange(len(lines))
     many = len(lines) > 30
     for arm in arms:
         colour, marker = _colour(comparison, arm), _MARKERS[arm]
-        mean = 100 * np.array([line.value[arm].mean for line in lines])
+        mean = np.array([measure.scaled(line.value[arm].mean) for line in lines])
         if many:  # single classes are noise for the eye: draw them faint, and their running mean on top
             ax.plot(ranks, mean, marker, color=colour, alpha=0.25, markersize=3, markeredgewidth=0)
             ax.plot(ranks, _running_mean(mean, max(3, len(lines) // 20)), color=colour, linewidth=2, label=arm)
         else:
-            sd = np.nan_to_num(100 * np.array([line.value[arm].sd for line in lines]))
+            sd = np.nan_to_num([measure.scaled(line.value[arm].sd) for line in lines])
             shift = -0.1 if arm == BASELINE else 0.1
             ax.errorbar(ranks + shift, mean, sd, fmt=marker, color=colour, markersize=5, linewidth=1.2, label=arm)
     spread = "class; running mean" if many else "mean ± deviation over seeds"
-    ax.set_ylabel(f"test {label(comparison.class_metric)} (%)\n{spread}")
+    ax.set_ylabel(_plain_text(f"test {measure.axis}") + f"\n{spread}")
+    _keep_inside(ax, measure)
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False, fontsize=9, borderaxespad=0.2)
     images = [line.count for line in lines]
     if many:
@@ -146,11 +162,18 @@ def plot_classes(comparison: Comparison) -> tuple["Figure", "Axes"]:
         counts.bar(ranks, images, 0.9, color="#bdbdbd")
     counts.set_yscale("log")
     counts.set_ylim(bottom=max(0.5, 0.5 * min(images)), top=2.5 * max(1, *images))
-    counts.set_ylabel(f"{comparison.class_count}\nper class")
+    counts.set_ylabel(f"{_plain_text(comparison.class_count)}\nper class")
     for axes in (ax, counts):
         _plain_axes(axes)
     _class_ticks(counts, [line.name for line in lines], images, comparison.class_count)
     return fig, ax
+
+
+def _keep_inside(ax: "Axes", measure: Measure) -> None:
+    """No axis of fractions goes further than its possible values, with a margin for the marks at its ends."""
+    (low, high), (least, most) = ax.get_ylim(), measure.bounds
+    margin = 0.03 * (most - least) if math.isfinite(most - least) else 0.0
+    ax.set_ylim(max(low, least - margin), min(high, most + margin))
 
 
 def _class_ticks(ax: "Axes", names: Sequence[str], images: Sequence[float], sorted_by: str) -> None:
@@ -159,7 +182,7 @@ def _class_ticks(ax: "Axes", names: Sequence[str], images: Sequence[float], sort
         return
     for rank, count in enumerate(images):
         ax.annotate(f"{count:g}", (rank, count), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=7)
-    short = [name if len(name) <= 16 else f"{name[:8]}…{name[-7:]}" for name in names]
+    short = [_plain_text(name if len(name) <= 16 else f"{name[:8]}…{name[-7:]}") for name in names]
     upright = len(names) <= 12 and max(len(name) for name in short) <= 8
     ax.set_xticks(
         range(len(names)),
@@ -191,33 +214,27 @@ def plot_curves(comparison: Comparison, column: str = "train_loss") -> tuple["Fi
 
     Args:
         comparison: Its runs need the file ``metrics.csv``.
-        column: Losses are drawn as they are, everything else (fractions) in percent.
+        column: Name of a column; one that belongs to no measure (``train_loss``) is drawn without a unit.
 
     Raises:
         ReportError: No run has this column.
         ImportError: matplotlib is not installed.
     """
-    scale = 1.0 if "loss" in column else 100.0
+    measure = comparison.measure(column)
     fig = _figure(8.5, 4.4)
     ax = fig.subplots()
     ends: list[tuple[str, float, float]] = []
     drawn: set[int] = set()
-    for arm in _arms(comparison):
-        curves = [
-            read_curves(run.path).get(column, {}) for run in comparison.of(arm) if (run.path / "metrics.csv").is_file()
-        ]
-        epochs = sorted({epoch for curve in curves for epoch in curve})
-        if not epochs:
-            continue
-        summaries = [summarize([curve[epoch] for curve in curves if epoch in curve]) for epoch in epochs]
-        mean = scale * np.array([summary.mean for summary in summaries])
-        sd = scale * np.nan_to_num([summary.sd for summary in summaries])
+    for arm, seeds in seed_curves(comparison, column).items():
+        epochs = sorted({epoch for curve in seeds.values() for epoch in curve})
+        summaries = [summarize([curve[epoch] for curve in seeds.values() if epoch in curve]) for epoch in epochs]
+        mean = np.array([measure.scaled(summary.mean) for summary in summaries])
+        sd = np.nan_to_num([measure.scaled(summary.sd) for summary in summaries])
         colour = _colour(comparison, arm)
-        done = [epoch + 1 for epoch in epochs]  # counted from 1, as in the tables
-        ax.plot(done, mean, color=colour, linewidth=1.8, marker="o" if len(epochs) == 1 else None)
-        ax.fill_between(done, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
-        ends.append((arm, float(done[-1]), float(mean[-1])))
-        drawn.update(done)
+        ax.plot(epochs, mean, color=colour, linewidth=1.8, marker="o" if len(epochs) == 1 else None)
+        ax.fill_between(epochs, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
+        ends.append((arm, float(epochs[-1]), float(mean[-1])))
+        drawn.update(epochs)
     if not ends:
         raise ReportError(f"Expected a column {column!r} in some metrics.csv of {comparison.path}, found none.")
     _plain_axes(ax)
@@ -226,8 +243,9 @@ def plot_curves(comparison: Comparison, column: str = "train_loss") -> tuple["Fi
         ax.set_xticks([*drawn])
     ax.set_xlim(right=max(drawn) + (0.05 if len(drawn) == 1 else 0))
     ax.set_xlabel("epoch")
-    unit = "" if "loss" in column else " (%)"
-    ax.set_ylabel(f"{label(column)}{unit}\nmean ± deviation over seeds")
+    direction = f", {measure.direction}" if measure.direction else ""
+    ax.set_ylabel(_plain_text(measure.axis + direction) + "\nmean ± deviation over seeds")
+    _keep_inside(ax, measure)
     _end_labels(comparison, ax, ends)
     return fig, ax
 
@@ -268,31 +286,25 @@ def _bottom(cluster: Sequence[float], step: float) -> float:
     return sum(cluster) / len(cluster) - step * (len(cluster) - 1) / 2
 
 
-_GROUPS = {
-    "many": "many-shot classes",
-    "medium": "medium-shot classes",
-    "few": "few-shot classes",
-    "APS": "small objects",
-    "APM": "medium objects",
-    "APL": "large objects",
-    "PQ_things": "things",
-    "PQ_stuff": "stuff",
-}
-"""Metrics that are the primary one on a part of the classes or objects."""
-
-
-def _groups(comparison: Comparison) -> list[str]:
+def _groups(comparison: Comparison) -> list[Measure]:
+    """Measures that are the primary one on a part of the classes or objects, as far as there are values."""
     arms = _arms(comparison)
-    return [name for name in _GROUPS if any(summarize([*comparison.values(arm, name).values()]).n for arm in arms)]
+    groups = [measure for name in comparison.metric_names if (measure := comparison.measure(name)).part]
+    return [group for group in groups if any(_finite(comparison, arm, group) for arm in arms)]
+
+
+def _finite(comparison: Comparison, arm: str, measure: Measure) -> list[float]:
+    values = comparison.values(arm, measure.name).values()
+    return [measure.scaled(value) for value in values if math.isfinite(value)]
 
 
 def has_groups(comparison: Comparison) -> bool:
-    """Whether :func:`plot_groups` has something to show."""
+    """True when :func:`plot_groups` has something to show."""
     return bool(_groups(comparison))
 
 
 def plot_groups(comparison: Comparison) -> tuple["Figure", "Axes"]:
-    """The primary metric on groups of classes or objects (many, medium, few): a bar per arm, a dot per seed.
+    """The primary metric on groups of classes or objects (many, medium, few): a bar for each arm, a dot for each seed.
 
     Raises:
         ReportError: No run has such metrics.
@@ -301,26 +313,29 @@ def plot_groups(comparison: Comparison) -> tuple["Figure", "Axes"]:
     arms = _arms(comparison)
     groups = _groups(comparison)
     if not groups:
-        raise ReportError(f"Expected metrics of groups such as {', '.join(_GROUPS)} in the results, found none.")
+        raise ReportError("Expected metrics of groups, such as few-shot classes or small objects, found none.")
     fig = _figure(max(5.5, 2.2 + 0.5 * len(groups) * (len(arms) + 1)), 4.2)
     ax = fig.subplots()
     width = 0.86 / len(arms)
     for index, arm in enumerate(arms):
         offset = (index - (len(arms) - 1) / 2) * width
+        name: str | None = arm  # once in the legend, with the first bar that the arm has
         for place, group in enumerate(groups):
-            values = [100 * value for value in comparison.values(arm, group).values() if math.isfinite(value)]
+            values = _finite(comparison, arm, group)
             if not values:
                 continue
             x, mean = place + offset, sum(values) / len(values)
-            ax.bar(x, mean, 0.92 * width, color=_colour(comparison, arm), alpha=0.55, label=arm if place == 0 else None)
+            ax.bar(x, mean, 0.92 * width, color=_colour(comparison, arm), alpha=0.55, label=name)
+            name = None
             spread = np.linspace(-0.25, 0.25, len(values)) * width if len(values) > 1 else [0.0]
             ax.plot(x + np.asarray(spread), values, "o", color="black", markersize=2.6, alpha=0.75)
-            ax.annotate(
-                f"{mean:.1f}", (x, max(values)), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=7.5
-            )
-    ax.set_xticks(range(len(groups)), [_GROUPS[group] for group in groups])
+            text = group.short(group.unscaled(mean))
+            ax.annotate(text, (x, max(values)), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=7.5)
+    ax.set_xticks(range(len(groups)), [_plain_text(group.part) for group in groups])
     ax.tick_params(axis="x", length=0)
-    ax.set_ylabel(f"test {label(comparison.primary)} (%)")
+    measure = comparison.measure(comparison.primary)
+    direction = f", {measure.direction}" if measure.direction else ""
+    ax.set_ylabel(_plain_text(f"test {measure.axis}{direction}"))
     _plain_axes(ax)
     fig.legend(loc="outside upper left", ncols=min(len(arms), 6), frameon=False, fontsize=9)
     return fig, ax

@@ -1,90 +1,19 @@
-"""Find and read run folders and comparison folders; their formats are in :mod:`batchformer.report.runs`."""
+"""Read one run folder or one comparison folder; their formats are in :mod:`batchformer.report.runs`."""
 
-import csv
-import glob
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .runs import ClassResult, Comparison, Found, LeftOut, ReportError, Run
+from .curves import read_curves
+from .measures import Measure, is_described
+from .older_results import OLDER_MEASURES
+from .runs import ClassResult, Comparison, LeftOut, ReportError, Run, StageCost, Unit, run_folder
 
-__all__ = ["find_runs", "read_comparison", "read_curves", "read_run"]
+__all__ = ["RUN_FILES", "read_comparison", "read_run"]
 
-_RUN_FILES = ("result.json", "config.yaml", "environment.json", "done")
-
-
-def find_runs(paths: Sequence[str | os.PathLike[str]]) -> Found:
-    """Read every run and comparison at or below the given paths.
-
-    Args:
-        paths: Run folders, comparison folders, folders that hold such folders, or patterns (``"runs/cifar*"``) that the
-            shell has not expanded.
-
-    Returns:
-        What was :class:`Found`; a folder reached by two paths appears once.
-
-    Raises:
-        ReportError: A path does not exist, no run was found at all, or a comparison mixes recipes, splits or
-            selection rules.
-
-    Example:
-        >>> find_runs(["no/such/folder"])  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        batchformer.report.runs.ReportError: Expected run folders, but no/such/folder does not exist. ...
-    """
-    comparison_folders: dict[Path, Path] = {}
-    run_folders: dict[Path, Path] = {}
-    for root in _expand(paths):
-        for folder in _walk(root):
-            kind = comparison_folders if (folder / "compare.json").is_file() else run_folders
-            kind.setdefault(folder.resolve(), folder)
-    comparisons = tuple(read_comparison(folder) for folder in comparison_folders.values())
-    runs: list[Run] = []
-    left_out: list[LeftOut] = []
-    for resolved, folder in run_folders.items():
-        if not any(parent in comparison_folders for parent in resolved.parents):
-            entry = read_run(folder)
-            (runs if isinstance(entry, Run) else left_out).append(entry)  # type: ignore[arg-type]
-    if not comparisons and not runs:
-        raise _nothing_found(paths, left_out)
-    return Found(comparisons, tuple(runs), tuple(left_out))
-
-
-def _expand(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
-    if not paths:
-        raise ReportError("Expected at least one run or comparison folder, got none. Name one: batchformer report RUNS")
-    for given in paths:
-        path = Path(given)
-        matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(os.fspath(path)))]
-        if not matches:
-            raise ReportError(
-                f"Expected run folders, but {path} does not exist. "
-                "Name a folder that `batchformer fit` or `batchformer compare` has written."
-            )
-        yield from matches
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    """Comparison and run folders at or below ``root``, sorted, not looking inside what was found."""
-    for current, children, files in os.walk(root):
-        children.sort()
-        if "compare.json" in files or any(name in files for name in _RUN_FILES):
-            children.clear()
-            yield Path(current)
-
-
-def _nothing_found(paths: Sequence[str | os.PathLike[str]], left_out: Sequence[LeftOut]) -> ReportError:
-    given = ", ".join(os.fspath(path) for path in paths)
-    if left_out:
-        reasons = "\n".join(f"  {entry.path}: {entry.reason}" for entry in left_out)
-        return ReportError(f"Expected at least one finished run below {given}, found none that can be used:\n{reasons}")
-    return ReportError(
-        f"Expected run folders (with config.yaml, result.json and the mark `done`) or comparison folders (with "
-        f"compare.json) below {given}, found neither. `batchformer fit` and `batchformer compare` write them."
-    )
+RUN_FILES = ("result.json", "config.yaml", "environment.json", "done")
 
 
 def read_run(folder: Path) -> Run | LeftOut:
@@ -95,14 +24,16 @@ def read_run(folder: Path) -> Run | LeftOut:
 
     Example:
         >>> read_run(Path("no/such/run")).reason
-        'unfinished: no mark `done`, stopped before the first epoch ended; continue it with --resume'
+        'unfinished (it has no file named done): it stopped before the first epoch ended; continue it with --resume'
     """
     if not (folder / "done").is_file():
-        return LeftOut(folder, f"unfinished: no mark `done`, {_progress(folder)}; continue it with --resume")
+        reason = f"unfinished (it has no file named done): it {_progress(folder)}; continue it with --resume"
+        return LeftOut(folder, reason)
     try:
         result = _read_json(folder / "result.json")
         environment = _read_json(folder / "environment.json") if (folder / "environment.json").is_file() else {}
         config = folder / "config.yaml"
+        measures = tuple(Measure.read(entry) for entry in result.get("measures") or ())
         return Run(
             path=folder,
             recipe=str(result["recipe"]),
@@ -120,6 +51,9 @@ def read_run(folder: Path) -> Run | LeftOut:
             host=result["host"] if isinstance(result.get("host"), dict) else {},
             environment=environment,
             config=config.read_text(encoding="utf-8") if config.is_file() else "",
+            measures=measures or OLDER_MEASURES,
+            unit=str((result.get("unit") or {}).get("name") or ""),
+            stages=tuple(_stage(entry) for entry in result.get("stages") or ()),
         )
     except KeyError as error:
         reason = f"unreadable: result.json has no {error}"
@@ -164,34 +98,9 @@ def _class_result(entry: Mapping[str, Any]) -> ClassResult:
     return ClassResult(str(entry["name"]), int(entry["count"]), _number(entry["value"], "value"))
 
 
-def read_curves(folder: Path) -> dict[str, dict[int, float]]:
-    """Read ``metrics.csv``: column -> epoch -> value.
-
-    Rows may be sparse (one logger call per row) and epochs may repeat after a resume: an epoch's last value counts.
-
-    Raises:
-        ReportError: The file is missing or has no column ``epoch``.
-
-    Example:
-        >>> read_curves(Path("no/such/run"))  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        batchformer.report.runs.ReportError: Expected training curves in no/such/run/metrics.csv, found no such ...
-    """
-    path = folder / "metrics.csv"
-    if not path.is_file():
-        raise ReportError(f"Expected training curves in {path}, found no such file. Other plots need no curves.")
-    curves: dict[str, dict[int, float]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if "epoch" not in (reader.fieldnames or ()):
-            raise ReportError(f"Expected a column `epoch` in {path}, found {reader.fieldnames}.")
-        for row in reader:
-            if not row["epoch"]:
-                continue
-            for name, cell in row.items():
-                if name not in (None, "epoch", "step") and cell:
-                    curves.setdefault(name, {})[int(float(row["epoch"]))] = float(cell)
-    return curves
+def _stage(entry: Mapping[str, Any]) -> StageCost:
+    times = (_number(entry.get(name), name) for name in ("step_ms", "train_seconds"))
+    return StageCost(str(entry["name"]), int(entry["epochs"]), *times)
 
 
 def read_comparison(folder: Path) -> Comparison:
@@ -208,56 +117,99 @@ def read_comparison(folder: Path) -> Comparison:
         plan = _read_json(folder / "compare.json")
         arms, seeds = tuple(str(arm) for arm in plan["arms"]), tuple(int(seed) for seed in plan["seeds"])
         recipe, primary = str(plan["recipe"]), str(plan["primary"])
-    except (KeyError, TypeError, ValueError) as error:
+        units = tuple({unit.name: unit for unit in map(_unit, plan.get("units") or ())}.values()) or (Unit(),)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise ReportError(
             f"Expected {folder / 'compare.json'} to hold recipe, arms, seeds and primary, but {why}. "
             "Run the comparison again with --resume, or report its run folders one by one."
         ) from None
-    planned = {folder / arm / f"seed{seed}": (arm, seed) for arm in arms for seed in seeds}
-    entries = [_read_planned(path, arm, seed) for path, (arm, seed) in planned.items()]
+    planned = {
+        folder / run_folder(arm, seed, unit.name): (arm, seed, unit.name)
+        for arm in arms
+        for seed in seeds
+        for unit in units
+    }
+    entries = [_read_planned(path, *who) for path, who in planned.items()]
     runs = tuple(entry for entry in entries if isinstance(entry, Run))
     extra = [path for path in sorted(folder.glob("*/*")) if path not in planned and _is_run(path)]
     strangers = [LeftOut(path, "not part of compare.json; report it by its own path") for path in extra]
-    left_out = (*(entry for entry in entries if isinstance(entry, LeftOut)), *strangers)
     comparison = Comparison(
-        folder, recipe, arms, seeds, primary, runs, left_out, str(plan.get("command", "")), str(plan.get("date", ""))
+        folder,
+        recipe,
+        arms,
+        seeds,
+        primary,
+        runs,
+        left_out=(*(entry for entry in entries if isinstance(entry, LeftOut)), *strangers),
+        command=str(plan.get("command") or ""),
+        date=str(plan.get("date", "")),
+        units=units,
     )
     _refuse_mixtures(comparison)
+    _refuse_unknown_primary(comparison)
     return comparison
 
 
+def _unit(entry: Mapping[str, Any]) -> Unit:
+    name = str(entry["name"])
+    if Path(name).name != name:
+        raise ValueError(f"its unit {name!r} is no name of a folder")
+    return Unit(name, str(entry.get("label") or name))
+
+
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _RUN_FILES)
+    return any((folder / name).is_file() for name in RUN_FILES)
 
 
-def _read_planned(path: Path, arm: str, seed: int) -> Run | LeftOut:
+def _read_planned(path: Path, arm: str, seed: int, unit: str) -> Run | LeftOut:
     if not path.is_dir():
-        return LeftOut(path, "missing: never started; start it with --resume", arm, seed)
+        return LeftOut(path, "missing: it was never started; start it with --resume", arm, seed, unit)
     entry = read_run(path)
     if isinstance(entry, LeftOut):
-        return LeftOut(path, entry.reason, arm, seed)
-    if (entry.arm, entry.seed) != (arm, seed):
-        reason = f"expected arm {arm}, seed {seed} here, but result.json says arm {entry.arm}, seed {entry.seed}"
-        return LeftOut(path, f"{reason}; run it again", arm, seed)
+        return LeftOut(path, entry.reason, arm, seed, unit)
+    if (entry.arm, entry.seed, entry.unit) != (arm, seed, unit):
+        expected, found = (
+            f"arm {arm}, seed {seed}" + (f", unit {unit}" if unit else "")
+            for arm, seed, unit in ((arm, seed, unit), (entry.arm, entry.seed, entry.unit))
+        )
+        reason = f"expected {expected} here, but result.json says {found}; run it again"
+        return LeftOut(path, reason, arm, seed, unit)
     return entry
 
 
 def _refuse_mixtures(comparison: Comparison) -> None:
-    """Numbers of different recipes, splits or selection rules do not belong in one table."""
-    for what, expected in (("recipe", comparison.recipe), ("split", None), ("selection", None)):
-        found: dict[str, list[str]] = {expected: []} if expected is not None else {}
-        for run in comparison.runs:
-            found.setdefault(getattr(run, what), []).append(f"{run.arm}/seed{run.seed}")
+    """Refuse numbers of different recipes, splits, selection rules or units of a metric in one table."""
+    kinds = {name: name for name in ("recipe", "split", "selection")}
+    readings = [{name: str(getattr(run, name)) for name in kinds} for run in comparison.runs]
+    for run, reading in zip(comparison.runs, readings, strict=True):
+        for measure in run.measures:
+            if measure.name in run.metrics:
+                kinds[measure.name] = f"unit and direction of {measure.name}"
+                reading[measure.name] = ", ".join(filter(None, (measure.unit or "no unit", measure.direction)))
+    for kind, words in kinds.items():
+        found: dict[str, list[str]] = {comparison.recipe: []} if kind == "recipe" else {}
+        for run, reading in zip(comparison.runs, readings, strict=True):
+            if kind in reading:
+                found.setdefault(reading[kind], []).append(run.name)
         if len(found) > 1:
             listing = "; ".join(f"{value!r} in {', '.join(runs) or 'compare.json'}" for value, runs in found.items())
             raise ReportError(
-                f"Expected one {what} in all runs of {comparison.path}, found {listing}. "
+                f"Expected one {words} in all runs of {comparison.path}, found {listing}. "
                 "Delete the runs that do not belong and continue with --resume, or report the run folders one by one."
             )
+
+
+def _refuse_unknown_primary(comparison: Comparison) -> None:
     names = {name for run in comparison.runs for name in run.metrics}
     if comparison.runs and comparison.primary not in names:
         raise ReportError(
             f"Expected the primary metric {comparison.primary!r} in the results of {comparison.path}, "
             f"found {', '.join(sorted(names)) or 'no metrics'}. Name one of these as `primary` in compare.json."
+        )
+    if not is_described(comparison.primary, comparison.measures):
+        raise ReportError(
+            f"Expected `measures` in the results of {comparison.path} to say whether higher is better of the primary "
+            f"metric {comparison.primary!r}, found measures of {', '.join(m.name for m in comparison.measures)}. "
+            "Without it there is no verdict: add the metric to the measures of the task and run again."
         )

@@ -1,21 +1,44 @@
-"""A table as a value, and its renderings: Markdown, aligned text for a terminal, CSV with full precision."""
+"""A table as a value, and its renderings as aligned text for a terminal and as CSV with full precision."""
 
 import csv
 import io
 import re
 import textwrap
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["WIDTH", "Cell", "Table", "to_csv", "to_markdown", "to_text", "wrap"]
+__all__ = ["WIDTH", "Cell", "Table", "one_line", "to_csv", "to_text", "wrap"]
 
 WIDTH = 119
+_NUMBER = re.compile(r"[-+\[\d]|n/a$|none$|$")
 Cell = str | int | float | None
+
+
+def one_line(text: str) -> str:
+    r"""Text without line breaks and control characters, which names of classes and files may contain.
+
+    Example:
+        >>> one_line("two\nlines \x1b[31mred") == "two lines \ufffd[31mred"
+        True
+    """
+    words = " ".join(text.split())
+    return "".join("\ufffd" if unicodedata.category(sign) in ("Cc", "Cs") else sign for sign in words)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table ready to be rendered: every row has one cell per column."""
+    """A table ready to be rendered.
+
+    Attributes:
+        title: Heading of the table.
+        columns: Heads of the columns.
+        rows: Cells of each row, one for each column.
+        notes: Sentences that stand below the table.
+
+    Raises:
+        ValueError: A row has another number of cells than there are columns.
+    """
 
     title: str
     columns: tuple[str, ...]
@@ -29,24 +52,11 @@ class Table:
                     f"Expected {len(self.columns)} cells ({', '.join(self.columns)}), got {len(row)}: {row}"
                 )
 
-
-def to_markdown(table: Table) -> str:
-    """Pipe table with its notes; a `|` in a cell is escaped."""
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in cells) + " |"
-
-    aligns = ["---:" if right else "---" for right in _right_aligned(table)]
-    text = "\n".join([line(table.columns), line(aligns), *(line(row) for row in table.rows)])
-    return text + "".join(f"\n\n{note}" for note in table.notes) + "\n"
-
-
-_NUMBER = re.compile(r"[-+\[\d]|n/a$|none$|$")
-
-
-def _right_aligned(table: Table) -> list[bool]:
-    columns = zip(*table.rows, strict=True) if table.rows else [()] * len(table.columns)
-    return [index > 0 and all(_NUMBER.match(cell) for cell in cells) for index, cells in enumerate(columns)]
+    @property
+    def right_aligned(self) -> tuple[bool, ...]:
+        """True for each column of numbers."""
+        columns = zip(*self.rows, strict=True) if self.rows else [()] * len(self.columns)
+        return tuple(index > 0 and all(_NUMBER.match(cell) for cell in cells) for index, cells in enumerate(columns))
 
 
 def to_text(table: Table, width: int = WIDTH) -> str:
@@ -61,8 +71,9 @@ def to_text(table: Table, width: int = WIDTH) -> str:
         bcd   9.50
         <BLANKLINE>
     """
-    widths = [max(len(row[index]) for row in (table.columns, *table.rows)) for index in range(len(table.columns))]
-    right = _right_aligned(table)
+    lines = [[one_line(cell) for cell in cells] for cells in (table.columns, *table.rows)]
+    widths = [max(len(cells[index]) for cells in lines) for index in range(len(table.columns))]
+    right = table.right_aligned
     blocks: list[list[int]] = [[]]
     for index in range(1, len(table.columns)):
         used = widths[0] + sum(widths[i] + 2 for i in blocks[-1])
@@ -75,13 +86,20 @@ def to_text(table: Table, width: int = WIDTH) -> str:
         return "  ".join(padded).rstrip()
 
     rule = ["-" * size for size in widths]
-    texts = ["\n".join(line(row, block) for row in (table.columns, rule, *table.rows)) for block in blocks]
-    return f"{table.title}\n" + "\n\n".join(texts) + "\n" + "".join(f"{wrap(note, width)}\n" for note in table.notes)
+    texts = ["\n".join(line(row, block) for row in (lines[0], rule, *lines[1:])) for block in blocks]
+    return (
+        f"{one_line(table.title)}\n"
+        + "\n\n".join(texts)
+        + "\n"
+        + "".join(f"{wrap(note, width)}\n" for note in table.notes)
+    )
 
 
 def wrap(text: str, width: int = WIDTH, indent: str = "") -> str:
     """A paragraph broken into lines; lines after the first start with ``indent``."""
-    return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(
+        one_line(text), width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def to_csv(rows: Sequence[Mapping[str, Cell]]) -> str:

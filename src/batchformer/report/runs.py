@@ -1,8 +1,9 @@
 """Runs and comparisons as values; :mod:`batchformer.report.reading` reads them from folders.
 
 A run folder holds ``config.yaml``, ``environment.json``, ``metrics.csv``, ``result.json`` and, written last, the mark
-``done``. A comparison folder holds ``compare.json`` and the run folders ``<arm>/seed<k>``. Whatever is found and cannot
-be used is kept with its reason (:class:`LeftOut`), so that a table can say what it lacks.
+``done``. A comparison folder holds ``compare.json`` and the run folders ``<arm>/seed<k>``, or ``<arm>/seed<k>-<unit>``
+where every seed is run on several units (target domains, splits). A run that cannot be used is kept with its reason
+(:class:`LeftOut`), so that the report can name it.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .paired import PairedDifference, paired_difference
+from .measures import Measure, find_measure, order_metrics
+from .older_results import OLDER_MEASURES
+from .paired import PairedDifference, average_units, paired_difference
 
 __all__ = [
     "BASELINE",
@@ -21,18 +24,13 @@ __all__ = [
     "LeftOut",
     "ReportError",
     "Run",
-    "higher_is_better",
+    "StageCost",
+    "Unit",
+    "run_folder",
 ]
 
 BASELINE = "plain"
 TREATMENT = "batchformer"
-
-_METRIC_ORDER = (
-    *("top1", "top5", "many", "medium", "few", "macro_f1", "ece"),
-    *("AP", "AP50", "AP75", "APS", "APM", "APL"),
-    *("PQ", "SQ", "RQ", "PQ_things", "SQ_things", "RQ_things", "PQ_stuff", "SQ_stuff", "RQ_stuff", "mask_AP"),
-)
-_LOWER_IS_BETTER = ("ece", "loss", "error")
 
 
 class ReportError(ValueError):
@@ -40,13 +38,26 @@ class ReportError(ValueError):
 
 
 @dataclass(frozen=True)
+class Unit:
+    """One of the things that every seed of a comparison is run on, such as a target domain or a split.
+
+    Attributes:
+        name: Name in folders and files; empty where the seed is all there is.
+        label: Name in tables.
+    """
+
+    name: str = ""
+    label: str = ""
+
+
+@dataclass(frozen=True)
 class ClassResult:
     """One class of a run.
 
     Attributes:
-        name: Of the class.
-        count: How much the training data has of it, in ``Run.class_count``.
-        value: ``Run.class_metric``, 0..1; NaN where there is nothing to measure.
+        name: Name of the class.
+        count: Amount of training data of the class, counted in ``Run.class_count``.
+        value: Value of ``Run.class_metric``; NaN where there is nothing to measure.
     """
 
     name: str
@@ -55,21 +66,46 @@ class ClassResult:
 
 
 @dataclass(frozen=True)
+class StageCost:
+    """Cost of one stage of a run.
+
+    Attributes:
+        name: Name of the stage.
+        epochs: Number of epochs.
+        step_ms: Median time of a training step, in milliseconds; NaN where it was not measured.
+        train_seconds: Time of the training, in seconds; NaN where it was not measured.
+    """
+
+    name: str
+    epochs: int
+    step_ms: float
+    train_seconds: float
+
+
+@dataclass(frozen=True)
 class Run:
     """One finished run.
 
     Attributes:
         path: The run folder.
-        recipe, arm, seed: Who it is.
-        metrics: Name -> fraction 0..1; NaN where undefined (an empty group of classes).
-        per_class: One entry per class, in the order of the file.
+        recipe: Name of the recipe.
+        arm: Name of the arm.
+        seed: Seed of the run.
+        metrics: Name -> value, in the unit of its measure; NaN where undefined (an empty group of classes).
+        per_class: One entry for each class, in the order of the file.
         cost: Name -> number (``step_ms``, ``peak_memory_mb``, ``parameters_train``, ...).
-        class_metric, class_count: What the values and counts of ``per_class`` are.
-        notes: What the task says of the run.
-        selection, split, date: Which checkpoint was tested, on what, when.
-        host: Machine as the result tells it.
+        class_metric: Name of the measure of ``per_class``.
+        class_count: Words for the counts of ``per_class``, such as "training images".
+        notes: Remarks of the task about the run.
+        selection: Rule by which the tested checkpoint was chosen.
+        split: Split of the data that was tested.
+        date: Time at which the result was written.
+        host: Description of the machine in the result.
         environment: Content of ``environment.json``; empty when the file is absent.
         config: Text of ``config.yaml``; empty when the file is absent.
+        measures: Labels, units and directions of the metrics, in the order of the tables.
+        unit: Name of the unit of the run; empty where the seed is all there is.
+        stages: Cost of each stage; empty in results of earlier versions.
     """
 
     path: Path
@@ -88,27 +124,65 @@ class Run:
     host: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     config: str = ""
+    measures: tuple[Measure, ...] = OLDER_MEASURES
+    unit: str = ""
+    stages: tuple[StageCost, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Arm, seed and unit in one word, as the folders of a comparison are named."""
+        return run_folder(self.arm, self.seed, self.unit)
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A run that is not in the tables, and why. ``arm`` and ``seed`` are known inside a comparison only."""
+    """A run that is not in the tables.
+
+    Attributes:
+        path: The run folder.
+        reason: The reason for which it is left out.
+        arm: Name of the arm; None outside a comparison.
+        seed: Planned seed; None outside a comparison.
+        unit: Planned unit; empty where there is none.
+    """
 
     path: Path
     reason: str
     arm: str | None = None
     seed: int | None = None
+    unit: str = ""
+
+    @property
+    def name(self) -> str:
+        """Arm, seed and unit inside a comparison; otherwise the path."""
+        return str(self.path) if self.arm is None or self.seed is None else run_folder(self.arm, self.seed, self.unit)
+
+
+def run_folder(arm: str, seed: int, unit: str = "") -> str:
+    """Folder of a run inside its comparison.
+
+    Example:
+        >>> run_folder("plain", 0), run_folder("plain", 0, "photo")
+        ('plain/seed0', 'plain/seed0-photo')
+    """
+    return f"{arm}/seed{seed}-{unit}" if unit else f"{arm}/seed{seed}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several arms on the same seeds.
+    """Several arms on the same seeds and units.
 
     Attributes:
         path: The comparison folder.
-        recipe, command, date: As ``compare.json`` tells.
-        arms, seeds: What was planned; the finished part is in ``runs``, the rest in ``left_out``.
-        primary: The metric on which the verdict is given, chosen before the runs.
+        recipe: Name of the recipe.
+        arms: Planned arms.
+        seeds: Planned seeds.
+        primary: Metric of the verdict, chosen before the runs.
+        runs: Finished runs.
+        left_out: Planned runs that are not finished, and runs that do not belong.
+        command: Command that started the comparison.
+        date: Time at which it was started.
+        units: Planned units; one without a name where the seed is all there is.
     """
 
     path: Path
@@ -120,38 +194,87 @@ class Comparison:
     left_out: tuple[LeftOut, ...] = ()
     command: str = ""
     date: str = ""
+    units: tuple[Unit, ...] = (Unit(),)
+
+    @property
+    def planned(self) -> int:
+        """Number of planned runs."""
+        return len(self.arms) * len(self.seeds) * len(self.units)
+
+    @property
+    def has_units(self) -> bool:
+        """True when runs differ in more than arm and seed."""
+        return self.units != (Unit(),)
 
     def of(self, arm: str) -> tuple[Run, ...]:
-        """The finished runs of an arm, by seed."""
-        return tuple(sorted((run for run in self.runs if run.arm == arm), key=lambda run: run.seed))
+        """The finished runs of an arm, by seed, then in the order of the units."""
+        order = [unit.name for unit in self.units]
+        return tuple(sorted((r for r in self.runs if r.arm == arm), key=lambda r: (r.seed, order.index(r.unit))))
 
-    def values(self, arm: str, metric: str) -> dict[int, float]:
-        """Seed -> value of a metric for the finished runs of an arm (fractions; NaN where undefined)."""
-        return {run.seed: run.metrics[metric] for run in self.of(arm) if metric in run.metrics}
+    def complete(self, arm: str) -> tuple[Run, ...]:
+        """The runs of an arm on seeds for which all its planned units are finished."""
+        runs = self.of(arm)
+        counts = [run.seed for run in runs]
+        return tuple(run for run in runs if counts.count(run.seed) == len(self.units))
 
-    def difference(self, arm: str, reference: str, metric: str) -> PairedDifference:
-        """Paired difference ``arm - reference`` of a metric."""
+    def seeds_of(self, arm: str) -> tuple[int, ...]:
+        """The seeds for which all planned units of an arm are finished."""
+        return tuple(dict.fromkeys(run.seed for run in self.complete(arm)))
+
+    def values(self, arm: str, metric: str, unit: str | None = None) -> dict[int, float]:
+        """Seed -> value of a metric for the finished runs of an arm.
+
+        Args:
+            arm: Name of the arm.
+            metric: Name of the metric.
+            unit: Name of one unit; None for the mean over all units, of seeds for which all of them are finished.
+
+        Returns:
+            Values in the unit of the metric; NaN where undefined.
+        """
+        found: dict[int, dict[str, float]] = {}
+        for run in self.of(arm):
+            if metric in run.metrics:
+                found.setdefault(run.seed, {})[run.unit] = run.metrics[metric]
+        return average_units(found, [entry.name for entry in self.units] if unit is None else [unit])
+
+    def difference(self, arm: str, reference: str, metric: str, unit: str | None = None) -> PairedDifference:
+        """Paired difference ``arm - reference`` of a metric, over all units of a seed or over one of them."""
         return paired_difference(
-            self.values(arm, metric), self.values(reference, metric), higher_is_better=higher_is_better(metric)
+            self.values(arm, metric, unit),
+            self.values(reference, metric, unit),
+            higher_is_better=self.measure(metric).higher_is_better,
         )
 
     @property
-    def metric_names(self) -> tuple[str, ...]:
-        """All metrics of the runs, the primary one first, then in the usual order."""
-        names = {name for run in self.runs for name in run.metrics}
-        # Then the same metrics on a further test set, as `unseen_AP`.
-        order = [*_METRIC_ORDER, *(f"unseen_{name}" for name in _METRIC_ORDER)]
-        known = [name for name in order if name in names]
-        return tuple(dict.fromkeys([self.primary, *known, *sorted(names - set(known))]))
+    def measures(self) -> tuple[Measure, ...]:
+        """The measures that the runs describe, each once, in the order of the tables."""
+        found: dict[str, Measure] = {}
+        for measure in (measure for run in self.runs for measure in run.measures):
+            found.setdefault(measure.name, measure)
+        return tuple(found.values()) or OLDER_MEASURES
+
+    def measure(self, metric: str) -> Measure:
+        """Label, unit, direction and decimals of a metric of the runs, or of a column of their curves."""
+        values = [run.metrics[metric] for run in self.runs if metric in run.metrics]
+        return find_measure(metric, self.measures).fitted(values)
 
     @property
-    def class_metric(self) -> str:
-        """What is measured for each class."""
-        return next((run.class_metric for run in self.runs if run.per_class), "value")
+    def metric_names(self) -> tuple[str, ...]:
+        """All metrics of the runs: the primary one, the other described ones, further splits, all others."""
+        names = {name for run in self.runs for name in run.metrics}
+        return tuple(dict.fromkeys([self.primary, *order_metrics(names, self.measures)]))
+
+    @property
+    def class_measure(self) -> Measure:
+        """The measure of each class."""
+        metric = next((run.class_metric for run in self.runs if run.per_class), "value")
+        values = [entry.value for run in self.runs for entry in run.per_class]
+        return find_measure(metric, self.measures).fitted(values)
 
     @property
     def class_count(self) -> str:
-        """What the training data of each class is counted in."""
+        """Words for the training data of a class, such as "training images"."""
         return next((run.class_count for run in self.runs if run.per_class), "count")
 
     @property
@@ -162,18 +285,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Found:
-    """Everything below the given paths: comparisons, runs outside comparisons, and what could not be used."""
+    """Everything below the given paths.
+
+    Attributes:
+        comparisons: The comparisons.
+        runs: Runs outside comparisons.
+        left_out: Runs outside comparisons that cannot be used.
+    """
 
     comparisons: tuple[Comparison, ...]
     runs: tuple[Run, ...]
     left_out: tuple[LeftOut, ...]
-
-
-def higher_is_better(metric: str) -> bool:
-    """Whether more of a metric is better; False for calibration error, losses and errors.
-
-    Example:
-        >>> higher_is_better("top1"), higher_is_better("ece"), higher_is_better("val_loss")
-        (True, False, False)
-    """
-    return not any(word in metric.lower().split("_") for word in _LOWER_IS_BETTER)

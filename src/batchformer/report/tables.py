@@ -1,48 +1,29 @@
 """The tables of a report, built from comparisons and runs; :mod:`batchformer.report.render` writes them out."""
 
 import math
-import statistics as stdlib_statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .caveats import caveats
-from .paired import PairedDifference, Summary, summarize
-from .render import WIDTH, Table, to_text, wrap
-from .runs import BASELINE, TREATMENT, Comparison, Run, higher_is_better
-from .sentences import arm_text, conclusions, label, multiple_comparisons, points, verdict_text
+from .measures import INTERVAL, find_measure, heads, lower_is_better_note, order_metrics, units_note
+from .measures import difference_units_note as in_words
+from .paired import Summary, summarize
+from .render import Table
+from .runs import BASELINE, TREATMENT, Comparison, Run
+from .sentences import arm_text, verdict_text
 
 __all__ = [
     "class_lines",
-    "comparison_text",
     "controls_table",
-    "cost_table",
     "difference_table",
     "main_table",
     "per_class_table",
     "runs_table",
+    "units_table",
 ]
-
-_NONE = "n/a"
-
-
-def percent(summary: Summary) -> str:
-    """Mean ± sample standard deviation in percent; without the deviation for a single value."""
-    if summary.n == 0:
-        return _NONE
-    mean = f"{100 * summary.mean:.2f}"
-    return mean if summary.n == 1 else f"{mean} ± {100 * summary.sd:.2f}"
-
-
-def _points(difference: PairedDifference) -> str:
-    return points(difference.mean) if difference.n else _NONE
-
-
-def _interval(difference: PairedDifference) -> str:
-    return f"[{points(difference.low)}, {points(difference.high)}]" if difference.has_interval else "none"
 
 
 def main_table(comparison: Comparison) -> Table:
-    """Arms x metrics: mean ± deviation in percent, difference to plain with interval, verdict on the primary metric.
+    """Arms x metrics: mean ± deviation, difference to plain with interval, verdict on the primary metric.
 
     Example:
         >>> from pathlib import Path
@@ -50,31 +31,41 @@ def main_table(comparison: Comparison) -> Table:
         >>> main_table(Comparison(Path(), "r", ("plain", "batchformer"), (0,), "top1", runs)).rows[1]
         ('batchformer', '1 of 1', '80.00', '+10.00', 'none', 'too few seeds')
     """
-    primary, *others = comparison.metric_names
-    columns = (
-        "arm",
-        "seeds",
-        label(primary),
-        "vs plain",
-        "95 % interval",
-        "verdict",
-        *(label(name) for name in others),
-    )
+    names = comparison.metric_names
+    measures = [comparison.measure(name) for name in names]
     rows = []
     for arm in comparison.arms:
-        done = len(comparison.of(arm))
         if arm == BASELINE or not comparison.of(BASELINE):
             compared = ("", "", "")
         else:
-            difference = comparison.difference(arm, BASELINE, primary)
-            compared = (_points(difference), _interval(difference), verdict_text(difference))
-        summaries = [percent(summarize([*comparison.values(arm, name).values()])) for name in (primary, *others)]
-        rows.append((arm, f"{done} of {len(comparison.seeds)}", summaries[0], *compared, *summaries[1:]))
+            difference = comparison.difference(arm, BASELINE, names[0])
+            compared = (measures[0].mean(difference), measures[0].interval(difference), verdict_text(difference))
+        first, *others = (
+            measure.spread(summarize([*comparison.values(arm, name).values()]))
+            for name, measure in zip(names, measures, strict=True)
+        )
+        done = f"{len(comparison.seeds_of(arm))} of {len(comparison.seeds)}"
+        rows.append((arm, done, first, *compared, *others))
+    head, *other_heads = heads(measures)
+    columns = ("arm", "seeds", head, "vs plain", INTERVAL, "verdict", *other_heads)
     notes = (
-        "Percent, mean ± sample standard deviation over seeds; differences in percentage points, paired by seed.",
+        f"{units_note(measures)}, mean ± sample standard deviation over seeds; differences in "
+        f"{in_words(measures[:1])}, paired by seed.",
+        *lower_is_better_note(measures),
+        *_units_notes(comparison),
         *_unpaired_notes(comparison),
     )
     return Table(f"{comparison.recipe}: plain and +BatchFormer", columns, tuple(rows), notes)
+
+
+def _units_notes(comparison: Comparison) -> list[str]:
+    if not comparison.has_units:
+        return []
+    names = ", ".join(unit.label for unit in comparison.units)
+    return [
+        f"Each seed counts once, with its mean over {names}, since runs of one seed are not independent; a seed counts "
+        "when all of them are finished."
+    ]
 
 
 def _unpaired_notes(comparison: Comparison) -> list[str]:
@@ -82,113 +73,111 @@ def _unpaired_notes(comparison: Comparison) -> list[str]:
     for arm in comparison.arms:
         difference = comparison.difference(arm, BASELINE, comparison.primary)
         if arm != BASELINE and difference.unpaired and difference.n:
+            one = len(difference.unpaired) == 1
             seeds = ", ".join(str(seed) for seed in difference.unpaired)
-            notes.append(f"{arm}: difference over {difference.n} pairs; seed {seeds} is finished in one arm only.")
+            notes.append(
+                f"{arm}: the difference is over {difference.n} {'pair' if difference.n == 1 else 'pairs'}, since "
+                f"{'seed' if one else 'seeds'} {seeds} {'is' if one else 'are'} finished in one arm only."
+            )
     return notes
 
 
 def difference_table(comparison: Comparison) -> Table:
     """Differences to plain on the metrics other than the primary one, without verdicts."""
     names = comparison.metric_names[1:]
+    measures = [comparison.measure(name) for name in names]
     rows = []
     for arm in comparison.arms:
         if arm != BASELINE and comparison.of(arm) and comparison.of(BASELINE):
-            differences = [comparison.difference(arm, BASELINE, name) for name in names]
-            cells = (f"{_points(d)} {_interval(d)}" if d.has_interval else _points(d) for d in differences)
+            cells = []
+            for name, measure in zip(names, measures, strict=True):
+                difference = comparison.difference(arm, BASELINE, name)
+                interval = f" {measure.interval(difference)}" if difference.has_interval else ""
+                cells.append(measure.mean(difference) + interval)
             rows.append((arm, *cells))
-    lower = [label(name) for name in names if not higher_is_better(name)]
-    notes = ["Percentage points with 95 % intervals, paired by seed, not corrected for their number: descriptive."]
-    if lower:
-        notes.append(f"Lower is better: {', '.join(lower)}.")
-    return Table(
-        "Other metrics, difference to plain", ("arm", *(label(name) for name in names)), tuple(rows), tuple(notes)
+    units = in_words(measures)
+    notes = (
+        f"{units[0].upper()}{units[1:]} with {INTERVAL}s, paired by seed. The numbers are descriptive: no correction "
+        "for the number of intervals.",
+        *lower_is_better_note(measures),
     )
+    return Table("Other metrics, difference to plain", ("arm", *heads(measures)), tuple(rows), notes)
+
+
+def units_table(comparison: Comparison) -> Table:
+    """The primary metric on each unit (target domain, split) with its differences to plain, paired by seed."""
+    measure = comparison.measure(comparison.primary)
+    rows = []
+    for unit in comparison.units:
+        for arm in comparison.arms:
+            values = comparison.values(arm, comparison.primary, unit.name)
+            compared = ("", "")
+            if arm != BASELINE and comparison.of(BASELINE):
+                difference = comparison.difference(arm, BASELINE, comparison.primary, unit.name)
+                compared = (measure.mean(difference), measure.interval(difference))
+            done = f"{len(values)} of {len(comparison.seeds)}"
+            rows.append((unit.label, arm, done, measure.spread(summarize([*values.values()])), *compared))
+    columns = ("unit", "arm", "seeds", *heads([measure]), "vs plain", INTERVAL)
+    notes = (
+        f"{units_note([measure])}, mean ± sample standard deviation over seeds; differences in {in_words([measure])}, "
+        "paired by seed on the same unit. They are descriptive and carry no verdict.",
+        *lower_is_better_note([measure]),
+    )
+    return Table(f"{_capital(measure.label)} on each unit", columns, tuple(rows), notes)
 
 
 def controls_table(comparison: Comparison) -> Table:
     """BatchFormer against each control on the primary metric."""
+    measure = comparison.measure(comparison.primary)
     rows = []
     for arm in comparison.controls:
         difference = comparison.difference(TREATMENT, arm, comparison.primary)
-        cells = (_points(difference), _interval(difference), str(difference.n), verdict_text(difference))
+        cells = (measure.mean(difference), measure.interval(difference), str(difference.n), verdict_text(difference))
         rows.append((arm, *cells, arm_text(comparison, arm)))
-    columns = ("control", "BatchFormer minus it", "95 % interval", "pairs", "verdict", "what the control is")
-    metric = label(comparison.primary)
-    note = f"Percentage points of {metric}; 'improves' means that BatchFormer does better than the control."
-    return Table("Controls", columns, tuple(rows), (note,))
-
-
-_COST_COLUMNS = (
-    ("step_ms", "time per step (ms)", "{:.1f}"),
-    ("peak_memory_mb", "peak memory (MB)", "{:,.0f}"),
-    ("training_memory_mb", "above start of training (MB)", "{:,.0f}"),
-    ("parameters_train", "all parameters in training", "{:,.0f}"),
-    ("parameters_test", "all parameters at test", "{:,.0f}"),
-    ("test_ms_per_image", "test (ms per image)", "{:.3f}"),
-    ("train_seconds", "training (s)", "{:,.0f}"),
-)
-
-
-_TIMES = ("step_ms", "test_ms_per_image", "train_seconds")
-
-
-def cost_table(comparison: Comparison) -> Table:
-    """What each arm costs: medians over seeds, and the step time as a multiple of plain's on the same seeds."""
-    rows = []
-    for arm in comparison.arms:
-        runs = comparison.of(arm)
-        cells = [_middle(_finite(runs, name), form, spread=name in _TIMES) for name, _, form in _COST_COLUMNS]
-        ratio = _middle(_step_ratios(comparison, arm), "{:.2f}", spread=arm != BASELINE)
-        rows.append((arm, cells[0], ratio, *cells[1:]))
-    titles = [title for _, title, _ in _COST_COLUMNS]
-    spread = "lowest to highest in brackets" if len(comparison.seeds) > 1 else "one seed, so no spread is known"
-    notes = (
-        f"Medians over seeds, {spread}; the ratio is that of runs on the same seed.",
-        "Times are wall-clock times of runs one after the other: what else the machine did meanwhile is in them.",
-        "Peak memory is that of the whole process, libraries included, on a GPU that of its tensors; above start of "
-        "training: without what was there before the first step.",
-        "All parameters are those of the network, frozen ones too; the module's are there in training only.",
-    )
-    return Table("Cost", ("arm", titles[0], "ratio to plain", *titles[1:]), tuple(rows), notes)
-
-
-def _finite(runs: Sequence[Run], name: str) -> list[float]:
-    return [run.cost[name] for run in runs if math.isfinite(run.cost.get(name, math.nan))]
-
-
-def _middle(values: Sequence[float], form: str, *, spread: bool) -> str:
-    if not values:
-        return _NONE
-    middle = form.format(stdlib_statistics.median(values))
-    lowest, highest = form.format(min(values)), form.format(max(values))
-    return f"{middle} [{lowest} to {highest}]" if spread and len(values) > 1 else middle
-
-
-def _step_ratios(comparison: Comparison, arm: str) -> list[float]:
-    base = {run.seed: run.cost.get("step_ms", math.nan) for run in comparison.of(BASELINE)}
-    ratios = [run.cost.get("step_ms", math.nan) / base[run.seed] for run in comparison.of(arm) if base.get(run.seed)]
-    return [ratio for ratio in ratios if math.isfinite(ratio)]
+    columns = ("control", "BatchFormer minus it", INTERVAL, "pairs", "verdict", "what the control is")
+    units = in_words([measure])
+    note = f"{_capital(units)} of {measure.label}; 'improves' means that BatchFormer does better than the control."
+    return Table("Controls", columns, tuple(rows), (note, *lower_is_better_note([measure])))
 
 
 @dataclass(frozen=True)
-class _ClassLine:
+class ClassLine:
+    """One class in all arms.
+
+    Attributes:
+        name: Name of the class.
+        count: Mean amount of training data over the runs.
+        value: Arm -> summary over seeds of the class's values, in the unit of the class measure.
+    """
+
     name: str
     count: float
-    value: dict[str, Summary]  # by arm
+    value: dict[str, Summary]
+
+    @property
+    def change(self) -> float:
+        """Mean of BatchFormer minus mean of plain; NaN without both."""
+        if BASELINE not in self.value or TREATMENT not in self.value:
+            return math.nan
+        return self.value[TREATMENT].mean - self.value[BASELINE].mean
 
 
-def class_lines(comparison: Comparison, arms: Sequence[str]) -> list[_ClassLine]:
-    """Per class the mean value of each arm over its seeds; the classes with most training data first."""
+def class_lines(comparison: Comparison, arms: Sequence[str]) -> list[ClassLine]:
+    """Values of each class over the seeds of each arm; the classes with most training data first.
+
+    A seed counts with the mean over those of its units in which the class has a value.
+    """
     counts: dict[str, list[int]] = {}
-    values: dict[str, dict[str, list[float]]] = {}
-    for run in comparison.runs:
+    values: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for run in (run for arm in comparison.arms for run in comparison.complete(arm)):
         for entry in run.per_class:
             counts.setdefault(entry.name, []).append(entry.count)
-            values.setdefault(entry.name, {}).setdefault(run.arm, []).append(entry.value)
-    lines = [
-        _ClassLine(name, sum(found) / len(found), {arm: summarize(values[name].get(arm, [])) for arm in arms})
-        for name, found in counts.items()
-    ]
+            values.setdefault(entry.name, {}).setdefault(run.arm, {}).setdefault(run.seed, []).append(entry.value)
+    lines = []
+    for name, found in counts.items():
+        seeds = {arm: values[name].get(arm, {}).values() for arm in arms}
+        summaries = {arm: summarize([summarize(units).mean for units in seeds[arm]]) for arm in arms}
+        lines.append(ClassLine(name, sum(found) / len(found), summaries))
     return sorted(lines, key=lambda line: -line.count)
 
 
@@ -197,59 +186,50 @@ def per_class_table(comparison: Comparison, limit: int = 40) -> Table:
 
     Args:
         comparison: Runs without per-class results are passed over.
-        limit: With more classes than this, the ones that change most are shown, and the table says so.
+        limit: Number of classes above which only those that change most are shown, and the table says so.
     """
     arms = [arm for arm in (BASELINE, TREATMENT) if comparison.of(arm)]
-    lines = class_lines(comparison, arms)
-    shown, notes = lines, ["Percent, mean ± sample standard deviation over seeds; descriptive, no intervals."]
+    lines, measure = class_lines(comparison, arms), comparison.class_measure
+    unit = "" if measure.is_fraction or not measure.unit else f" ({measure.unit})"
+    first = "Percent" if measure.is_fraction else _capital(measure.unit or "numbers without a unit")
+    notes = [
+        f"{first}, mean ± sample standard deviation over seeds. The numbers are descriptive and have no intervals.",
+        *lower_is_better_note([measure]),
+    ]
+    shown = lines
     if len(lines) > limit:
-        by_change = sorted(lines, key=lambda line: -abs(_change(line)) if math.isfinite(_change(line)) else math.inf)
+        by_change = sorted(lines, key=lambda line: -abs(line.change) if math.isfinite(line.change) else math.inf)
         shown = [line for line in lines if line in by_change[:limit]]
-        notes.append(f"{limit} of {len(lines)} classes: those that change most. All are in per_class.csv.")
+        notes.append(f"These are the {limit} of {len(lines)} classes that change most. All are in per_class.csv.")
     rows = []
     for line in shown:
-        change = points(_change(line)) if math.isfinite(_change(line)) else _NONE
-        cells = [percent(line.value[arm]) for arm in arms]
+        cells = [measure.spread(line.value[arm]) for arm in arms]
+        change = measure.signed(line.change, keep_sign=False)
         rows.append((line.name, f"{line.count:g}", *cells, *([change] if len(arms) == 2 else [])))
     columns = ("class", comparison.class_count, *arms, *(["difference"] if len(arms) == 2 else []))
-    metric = label(comparison.class_metric)
-    return Table(f"{metric[0].upper()}{metric[1:]} per class", columns, tuple(rows), tuple(notes))
+    return Table(f"{_capital(measure.label)}{unit} per class", columns, tuple(rows), tuple(notes))
 
 
-def _change(line: _ClassLine) -> float:
-    if BASELINE not in line.value or TREATMENT not in line.value:
-        return math.nan
-    return line.value[TREATMENT].mean - line.value[BASELINE].mean
+def _capital(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}"
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
     """Unrelated runs, one row each, without paired claims."""
-    names = Comparison(runs[0].path, "", (), (), next(iter(runs[0].metrics), ""), tuple(runs)).metric_names
+    described = [measure for run in runs for measure in run.measures]
+    names = order_metrics({name for run in runs for name in run.metrics}, described)
+    values = {name: [run.metrics.get(name, math.nan) for run in runs] for name in names}
+    measures = [find_measure(name, described).fitted(values[name]) for name in names]
     rows = []
-    for run in runs:
-        cells = [percent(summarize([run.metrics.get(name, math.nan)])) for name in names]
+    for index, run in enumerate(runs):
+        cells = (measure.number(values[name][index]) for name, measure in zip(names, measures, strict=True))
         rows.append((run.path.name, run.recipe, run.arm, str(run.seed), *cells))
-    notes = ["Percent. One row per run: these runs are not a comparison, so no differences are claimed."]
+    notes = [
+        f"{units_note(measures)}. These runs are not a comparison, so the table claims no differences.",
+        *lower_is_better_note(measures),
+    ]
     for what in ("recipe", "split", "selection"):
-        values = sorted({str(getattr(run, what)) for run in runs})
-        if len(values) > 1:
-            notes.append(f"The runs differ in {what} ({', '.join(values)}): their numbers may not be comparable.")
-    return Table("Runs", ("run", "recipe", "arm", "seed", *(label(name) for name in names)), tuple(rows), tuple(notes))
-
-
-def comparison_text(comparison: Comparison, width: int = WIDTH) -> str:
-    """A whole comparison for the terminal: conclusions, tables, caveats."""
-    parts = [to_text(main_table(comparison), width)]
-    if comparison.controls:
-        table = controls_table(comparison)
-        parts.append(
-            to_text(Table(table.title, table.columns[:-1], tuple(r[:-1] for r in table.rows), table.notes), width)
-        )
-    parts.append(to_text(cost_table(comparison), width))
-    for title, lines in (
-        ("In words", [*conclusions(comparison), multiple_comparisons(comparison)]),
-        ("Caveats", caveats(comparison)),
-    ):
-        if lines:
-            parts.append("\n".join([title, *(wrap(f"- {line}", width, "  ") for line in lines)]) + "\n")
-    return "\n".join(parts)
+        found = sorted({str(getattr(run, what)) for run in runs})
+        if len(found) > 1:
+            notes.append(f"The runs differ in {what} ({', '.join(found)}): their numbers may not be comparable.")
+    return Table("Runs", ("run", "recipe", "arm", "seed", *heads(measures)), tuple(rows), tuple(notes))

@@ -2,25 +2,21 @@
 
 import os
 import re
-import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import flat_rows as records
-from . import plots, tables
-from .caveats import caveats, hardware, left_out_lines, precision, run_caveats, versions
-from .convergence import convergence_sentence, convergence_table
-from .pictures import picture_table
-from .reading import find_runs
-from .render import Table, to_csv, to_markdown
-from .runs import Comparison, Found, ReportError, Run
-from .sentences import arm_text, conclusions, multiple_comparisons
+from . import plots
+from .contents import contents
+from .finding import find_runs
+from .flat_rows import class_rows, difference_rows, result_rows
+from .markdown import to_markdown
+from .render import to_csv
+from .runs import Comparison, ReportError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,10 +32,12 @@ class ReportPaths:
     """The files of a report.
 
     Attributes:
-        report: ``report.md``.
-        results, per_class, differences: CSV files; the last two are None when there is nothing for them.
+        report: The file ``report.md``.
+        results: The file ``results.csv``.
+        per_class: The file ``per_class.csv``; None without results of classes.
+        differences: The file ``differences.csv``; None without a comparison.
         plots: PNG files, in the order of the report.
-        notes: What could not be written, and why.
+        notes: Sentences about files that could not be written, with the reason.
     """
 
     report: Path
@@ -54,10 +52,10 @@ def write_report(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
     """Read run and comparison folders and write a report about them.
 
     Comparisons get paired differences, verdicts and plots; runs outside comparisons get one table without claims. Each
-    file is replaced as a whole, so a reader never sees half of one.
+    file is replaced as a whole, so that a reader never sees half of one.
 
     Args:
-        paths: As for :func:`batchformer.report.find_runs`.
+        paths: Run folders, comparison folders, folders that hold such folders, or patterns.
         out: Folder to write to; made when absent.
 
     Returns:
@@ -78,24 +76,20 @@ def write_report(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
     found = find_runs(paths)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
     notes: list[str] = []
-    parts = [_header(paths, found)]
-    for comparison, prefix in zip(found.comparisons, _prefixes(found.comparisons), strict=True):
-        pictures = _write_plots(comparison, folder, prefix, notes)
-        written += pictures
-        parts.append(_comparison_section(comparison, pictures, folder, notes))
-    if found.runs:
-        parts.append(_runs_section(found.runs))
-    if found.left_out:
-        parts.append("## Runs that are not in the tables\n\n" + _bullets(left_out_lines(found.left_out)))
-    parts += ["## Files\n\n" + _bullets(notes)] if notes else []
-    results = _write_text(folder / "results.csv", to_csv(records.result_rows(found)))
-    classes, differences = records.class_rows(found), records.difference_rows(found.comparisons)
+    prefixes = _prefixes(found.comparisons)
+    drawn = [
+        _write_plots(comparison, folder, prefix, notes)
+        for comparison, prefix in zip(found.comparisons, prefixes, strict=True)
+    ]
+    page = contents(paths, found, drawn, folder, notes)
+    results = _write_text(folder / "results.csv", to_csv(result_rows(found)))
+    classes, differences = class_rows(found), difference_rows(found.comparisons)
     per_class = _write_text(folder / "per_class.csv", to_csv(classes)) if classes else None
     compared = _write_text(folder / "differences.csv", to_csv(differences)) if differences else None
-    report = _write_text(folder / "report.md", "\n".join(parts))
-    return ReportPaths(report, results, per_class, compared, tuple(written), tuple(dict.fromkeys(notes)))
+    report = _write_text(folder / "report.md", to_markdown(page))
+    written = tuple(path for paths in drawn for path in paths)
+    return ReportPaths(report, results, per_class, compared, written, tuple(page.notes))
 
 
 @contextmanager
@@ -137,7 +131,7 @@ def _write_plots(comparison: Comparison, folder: Path, prefix: str, notes: list[
             name = "loss" if column == "train_loss" else "curves"
             drawings.append((name, partial(plots.plot_curves, column=column)))
     except (ReportError, ValueError) as error:
-        notes.append(f"No training curves of {comparison.path}: {error}")
+        notes.append(f"No training curves for {comparison.path}: {error}")
     pictures = []
     for name, draw in drawings:
         try:
@@ -146,99 +140,10 @@ def _write_plots(comparison: Comparison, folder: Path, prefix: str, notes: list[
             notes.append(f"No plots: {error}")
             break
         except ReportError as error:
-            notes.append(f"No plot `{name}` of {comparison.path}: {error}")
+            notes.append(f"No plot of {name} for {comparison.path}: {error}")
             continue
         path = folder / f"{prefix}{name}.png"
         with _replacing(path) as temporary:
             fig.savefig(temporary, dpi=150)
         pictures.append(path)
     return pictures
-
-
-def _bullets(lines: Sequence[str]) -> str:
-    return "".join(f"- {line}\n" for line in dict.fromkeys(lines))
-
-
-def _section(table: Table, level: str = "###") -> str:
-    return f"{level} {table.title}\n\n{to_markdown(table)}"
-
-
-def _header(paths: Sequence[str | os.PathLike[str]], found: Found) -> str:
-    command = shlex.join(["batchformer", "report", *(os.fspath(path) for path in paths)])
-    recipes = dict.fromkeys([*(c.recipe for c in found.comparisons), *(run.recipe for run in found.runs)])
-    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return f"# Report: {', '.join(recipes)}\n\nWritten {date} by `{command}`.\n"
-
-
-def _comparison_section(comparison: Comparison, drawn: Sequence[Path], folder: Path, notes: list[str]) -> str:
-    parts = [f"## {comparison.recipe}\n", _bullets(conclusions(comparison))]
-    main = tables.main_table(comparison)
-    parts.append(f"{to_markdown(main)}\n{multiple_comparisons(comparison)}\n")
-    reservations = caveats(comparison)
-    if reservations:
-        parts.append("### Caveats\n\n" + _bullets(reservations))
-    if len(comparison.metric_names) > 1:
-        parts.append(_section(tables.difference_table(comparison)))
-    if comparison.controls:
-        parts.append(_section(tables.controls_table(comparison)))
-    parts += _convergence_section(comparison, notes)
-    parts.append("### What the arms are\n\n" + _bullets(_arm_lines(comparison)))
-    parts.append(_section(tables.cost_table(comparison)))
-    if any(run.per_class for run in comparison.runs):
-        parts.append(_section(tables.per_class_table(comparison)))
-    if drawn:
-        links = "\n\n".join(f"![{path.stem}]({path.name})" for path in drawn)
-        parts.append(f"### Plots\n\n{links}\n")
-    if (shown := picture_table(comparison, folder)) is not None:
-        parts.append(f"### Pictures\n\n{shown}")
-    parts.append("### How it was made\n\n" + _bullets(_provenance(comparison.runs, comparison)))
-    return "\n".join(parts)
-
-
-def _convergence_section(comparison: Comparison, notes: list[str]) -> list[str]:
-    try:
-        table, sentence = convergence_table(comparison), convergence_sentence(comparison)
-    except (ReportError, ValueError) as error:
-        notes.append(f"Nothing on the way through the epochs of {comparison.path}: {error}")
-        return []
-    return [] if table is None else [_section(table) + (f"\n{sentence}\n" if sentence else "")]
-
-
-def _arm_lines(comparison: Comparison) -> list[str]:
-    return [f"`{arm}`: {arm_text(comparison, arm)}." for arm in comparison.arms]
-
-
-def _runs_section(runs: Sequence[Run]) -> str:
-    parts = [_section(tables.runs_table(runs), "##")]
-    reservations = run_caveats(runs)
-    if reservations:
-        parts.append("### Caveats\n\n" + _bullets(reservations))
-    parts.append("### How they were made\n\n" + _bullets(_provenance(runs)))
-    return "\n".join(parts)
-
-
-def _provenance(runs: Sequence[Run], comparison: Comparison | None = None) -> list[str]:
-    lines = []
-    if comparison is not None:
-        seeds = ", ".join(str(seed) for seed in comparison.seeds)
-        lines += [
-            f"Command: `{comparison.command or 'not recorded'}`",
-            f"Folder: `{comparison.path}`",
-            f"Seeds: {seeds}",
-        ]
-    else:
-        lines += [f"`{run.path}`: `{run.environment.get('command', 'command not recorded')}`" for run in runs]
-    dates = sorted({run.date for run in runs if run.date} | ({comparison.date} - {""} if comparison else set()))
-    lines.append(f"Date: {' to '.join(dict.fromkeys([dates[0], dates[-1]])) if dates else 'not recorded'}")
-    facts: tuple[tuple[str, Callable[[Run], str]], ...] = (
-        ("Checkpoint selection", lambda run: run.selection),
-        ("Split", lambda run: run.split),
-        ("Hardware", hardware),
-        ("Precision", precision),
-        ("Versions", lambda run: versions(run)[1]),
-        ("Code", lambda run: str(run.environment.get("git") or "not recorded")),
-    )
-    lines += [f"Note: {note}" for note in dict.fromkeys(note for run in runs for note in run.notes)]
-    for name, read in facts:
-        lines.append(f"{name}: {'; '.join(dict.fromkeys(read(run) for run in runs)) or 'no finished run'}")
-    return lines

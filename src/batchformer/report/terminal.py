@@ -1,0 +1,35 @@
+"""A comparison as text for a terminal."""
+
+from dataclasses import replace
+
+from .caveats import caveats
+from .costs import cost_table
+from .render import WIDTH, to_text, wrap
+from .runs import Comparison
+from .sentences import conclusions, multiple_comparisons
+from .tables import controls_table, main_table, units_table
+
+__all__ = ["comparison_text"]
+
+
+def comparison_text(comparison: Comparison, width: int = WIDTH) -> str:
+    """A whole comparison for the terminal: tables, conclusions, caveats.
+
+    Args:
+        comparison: Finished runs may be missing in any arm.
+        width: Largest number of columns of a line.
+    """
+    tables = [main_table(comparison)]
+    if comparison.has_units:
+        tables.append(units_table(comparison))
+    if comparison.controls:
+        table = controls_table(comparison)
+        tables.append(replace(table, columns=table.columns[:-1], rows=tuple(row[:-1] for row in table.rows)))
+    parts = [to_text(table, width) for table in (*tables, cost_table(comparison))]
+    for title, lines in (
+        ("In words", [*conclusions(comparison), multiple_comparisons(comparison)]),
+        ("Caveats", caveats(comparison)),
+    ):
+        if lines:
+            parts.append("\n".join([title, *(wrap(f"- {line}", width, "  ") for line in lines)]) + "\n")
+    return "\n".join(parts)
