@@ -19,17 +19,17 @@ OVERRIDES = (
 )
 
 SCENES = {
-    "size": (int, "pixels of each side (default: 160)"),
-    "train": (int, "training scenes (default: 3000)"),
-    "val": (int, "validation scenes (default: 200)"),
-    "test": (int, "test scenes of photographs seen in training (default: 500)"),
-    "unseen": (int, "test scenes of photographs never seen in training (default: 300)"),
-    "least_objects": (int, "fewest photographs in a scene (default: 1)"),
-    "most_objects": (int, "most photographs in a scene (default: 4)"),
-    "least_side": (float, "least longer side of a photograph over the scene's (default: 0.3)"),
-    "most_side": (float, "most of the same (default: 0.65)"),
-    "visible": (float, "share of a photograph that others may not hide (default: 0.5)"),
-    "seed": (int, "of everything (default: 0)"),
+    "size": (int, "pixels of each side of a scene (default: 160)"),
+    "train": (int, "number of training scenes (default: 3000)"),
+    "val": (int, "number of validation scenes (default: 200)"),
+    "test": (int, "number of test scenes made of photographs seen in training (default: 500)"),
+    "unseen": (int, "number of test scenes made of photographs never seen in training (default: 300)"),
+    "least_objects": (int, "smallest number of photographs in a scene (default: 1)"),
+    "most_objects": (int, "largest number of photographs in a scene (default: 4)"),
+    "least_side": (float, "smallest longer side of a photograph, as a share of the scene's side (default: 0.3)"),
+    "most_side": (float, "largest longer side of a photograph, as a share of the scene's side (default: 0.65)"),
+    "visible": (float, "share of a photograph that other photographs may not hide (default: 0.5)"),
+    "seed": (int, "seed of all random choices (default: 0)"),
 }
 
 
@@ -77,13 +77,13 @@ def _run(words: list[str]) -> int:
 
 
 def _explains_itself(error: Exception) -> bool:
-    """Whether an error is one that the user can mend, and not a defect of the program."""
+    """Return whether an error is one that the user can mend, and not a defect of the program."""
     users = (ValueError, OSError, ImportError, FloatingPointError)
     return isinstance(error, users) or type(error).__name__ == "MisconfigurationException"  # the Trainer's word
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says which option or verb is nearest to a wrong one."""
+    """Argument parser that names the option or verb nearest to a wrong one."""
 
     def error(self, message: str) -> NoReturn:
         wrong, known = "", list(self._option_string_actions)
@@ -97,7 +97,7 @@ class _Parser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As in argparse, except that a verb itself refuses what it does not know, in its own name."""
+        """Parse as argparse does, but let a verb refuse unknown arguments in its own name."""
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -123,67 +123,88 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     _add_data_verbs(add)
     _add_training_verbs(add)
     _add_result_verbs(add)
-    add("env", _env, "versions and hardware, for a report of a problem")
+    add("env", _env, "print versions and hardware, for a report of a problem")
     return parser, dict(sub.choices)
 
 
 def _add_data_verbs(add: AddVerb) -> None:
-    ls = add("ls", _ls, "recipes, their data, and whether the data is here")
-    ls.add_argument("recipe", nargs="?", help="show this recipe's header")
+    ls = add("ls", _ls, "list recipes, their data, and whether the data is on this machine")
+    ls.add_argument("recipe", nargs="?", help="show the header of this recipe")
 
-    data = add("data", _data, "fetch data sets, or say where they are looked for")
+    data = add("data", _data, "fetch data sets, or list where they are looked for")
     data.add_argument("action", choices=("get", "ls"))
-    data.add_argument("name", nargs="?", help="data set (get needs it)")
-    data.add_argument("--root", help="where data lies (default: BATCHFORMER_DATA, else ~/.cache/batchformer)")
+    data.add_argument("name", nargs="?", help="name of the data set; get needs it")
+    data.add_argument("--root", help="folder of all data (default: BATCHFORMER_DATA, else ~/.cache/batchformer)")
 
-    scenes = add("scenes", _scenes, "write scenes of real photographs, boxes and masks included, as a COCO folder")
+    scenes = add("scenes", _scenes, "write scenes of real photographs with boxes and masks, as a COCO folder")
     scenes.add_argument("folder", metavar="OUT", help="new folder")
     for name, (kind, text) in SCENES.items():
         scenes.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, help=text)
 
 
 def _add_training_verbs(add: AddVerb) -> None:
-    fit = add("fit", _fit, "one run: train, then test the plain network", OVERRIDES)
-    fit.add_argument("recipe", metavar="RECIPE", help="name (batchformer ls), .yaml file, or run folder with --resume")
-    fit.add_argument("--name", help="of the run folder (default: recipe, arm and seed)")
-    fit.add_argument("--out", default="runs", help="where run folders go (default: runs)")
+    fit = add("fit", _fit, "train one run, then test the plain network", OVERRIDES)
+    fit.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help="name of a recipe (batchformer ls lists them), a .yaml file, or a run folder with --resume",
+    )
+    fit.add_argument("--name", help="name of the run folder (default: recipe, arm and seed)")
+    fit.add_argument("--out", default="runs", help="folder that run folders are made in (default: runs)")
     fit.add_argument("--resume", action="store_true", help="go on exactly where the run stopped")
     fit.add_argument("--print-config", action="store_true", help="print every setting with its value, and stop")
 
-    test = add("test", _test, "the plain network of a run on the test split")
+    test = add("test", _test, "test the plain network of a run on the test split")
     test.add_argument("run_folder", metavar="RUN")
 
-    compare = add("compare", _compare, "plain against +BatchFormer on the same seeds and data order", OVERRIDES)
+    compare = add(
+        "compare", _compare, "compare the plain network with +BatchFormer on the same seeds and data order", OVERRIDES
+    )
     compare.add_argument(
         "recipe", metavar="RECIPE", nargs="?", help=f"default: {MAIN_RECIPE}, or {FOLDER_RECIPE} with --data.root"
     )
-    compare.add_argument("--seeds", default="3", help="how many (0, 1, ...), or a list such as 3,5,8 (default: 3)")
-    compare.add_argument("--controls", default="", help="out of frozen,self_only,duplicate,single_stream")
-    compare.add_argument("--name", help="of the folder (default: compare- and the recipe)")
-    compare.add_argument("--out", default="runs", help="where the folder goes (default: runs)")
-    compare.add_argument("--resume", action="store_true", help="go on, or add seeds and controls")
+    compare.add_argument(
+        "--seeds", default="3", help="number of seeds (0, 1, ...), or a list of them such as 3,5,8 (default: 3)"
+    )
+    compare.add_argument("--controls", default="", help="control arms out of frozen,self_only,duplicate,single_stream")
+    compare.add_argument("--name", help="name of the comparison's folder (default: compare- and the recipe)")
+    compare.add_argument("--out", default="runs", help="folder that it is made in (default: runs)")
+    compare.add_argument(
+        "--resume", action="store_true", help="go on where the comparison stopped, or add seeds and controls"
+    )
 
 
 def _add_result_verbs(add: AddVerb) -> None:
-    report = add("report", _report, "tables and plots of runs and comparisons")
-    report.add_argument("runs", metavar="RUN", nargs="+", help="run folders, comparison folders, or folders of these")
-    report.add_argument("--out", help="folder (default: report/ in the first RUN)")
+    report = add("report", _report, "write tables and plots of runs and comparisons")
+    report.add_argument(
+        "runs", metavar="RUN", nargs="+", help="run folders, comparison folders, or folders that hold such folders"
+    )
+    report.add_argument("--out", help="folder of the report (default: report/ in the first RUN)")
 
-    export = add("export", _export, "the plain network as safetensors and ONNX")
+    export = add("export", _export, "write the plain network as safetensors and ONNX")
     export.add_argument("run_folder", metavar="RUN")
-    export.add_argument("--out", help="folder (default: export/ in RUN)")
-    export.add_argument("--format", default="safetensors,onnx", help="out of safetensors,onnx (default: both)")
+    export.add_argument("--out", help="folder of the files (default: export/ in RUN)")
+    export.add_argument("--format", default="safetensors,onnx", help="formats out of safetensors,onnx (default: both)")
 
-    predict = add("predict", _predict, "what the plain network of a run sees in images")
+    predict = add("predict", _predict, "apply the plain network of a run to images")
     predict.add_argument("run_folder", metavar="RUN")
     predict.add_argument("images", metavar="IMAGES", nargs="+", help="image files, or folders of images")
-    predict.add_argument("--out", help="folder (default: predictions/ in RUN)")
-    predict.add_argument("--threshold", type=float, help="least score, 0 to 1, of what is shown (default: the task's)")
-    predict.add_argument("--beside", metavar="RUN", nargs="+", help="runs whose maps are drawn beside it (panoptic)")
+    predict.add_argument("--out", help="folder of the predictions (default: predictions/ in RUN)")
+    predict.add_argument("--threshold", type=float, help="lowest score to show, 0 to 1 (default: the task's own)")
+    predict.add_argument(
+        "--beside",
+        metavar="RUN",
+        nargs="+",
+        help="further runs whose maps are drawn beside it (panoptic segmentation only)",
+    )
 
-    convert = add("convert", _convert, "a published checkpoint of the DETR family as a folder for transformers")
-    convert.add_argument("checkpoint", metavar="CHECKPOINT", help=".pth file of official code, with BatchFormer or not")
-    convert.add_argument("--out", required=True, help="folder")
+    convert = add(
+        "convert", _convert, "turn a published checkpoint of the DETR family into a folder that transformers loads"
+    )
+    convert.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help=".pth file of the official code, with or without BatchFormer"
+    )
+    convert.add_argument("--out", required=True, help="folder that is written")
 
 
 def _take_overrides(words: list[str], verb: argparse.ArgumentParser) -> tuple[list[str], list[str]]:

@@ -53,7 +53,7 @@ def command(dots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     ) -> dict[str, Any]:
         return run.fit(recipe, overrides, folder, name=name, unit=unit, resume=folder.exists(), say=lambda line: None)
 
-    monkeypatch.setattr(compare, "_apart", here)
+    monkeypatch.setattr(compare, "_run_in_process", here)
     monkeypatch.chdir(tmp_path)
 
     def outcome(*words: str) -> tuple[int, str, str]:

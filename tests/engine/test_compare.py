@@ -152,10 +152,12 @@ def test_resumed_without_its_seeds_a_comparison_keeps_them(
     from batchformer.engine import compare as module
     from batchformer.engine.run import fit
 
-    def here(recipe: Path, overrides: list[str], run: Path, name: str, command: str | None) -> dict[str, Any]:
-        return fit(recipe, overrides, run, name=name, resume=run.exists(), say=lambda line: None)
+    def here(
+        recipe: Path, overrides: list[str], run: Path, name: str, unit: str | None, command: str | None
+    ) -> dict[str, Any]:
+        return fit(recipe, overrides, run, name=name, unit=unit, resume=run.exists(), say=lambda line: None)
 
-    monkeypatch.setattr(module, "_apart", here)
+    monkeypatch.setattr(module, "_run_in_process", here)
     compared(small, tmp_path / "both", seeds=[3, 5], controls=["duplicate"])
     (tmp_path / "both/duplicate/seed5/done").unlink()
     said = compared(small, tmp_path / "both", seeds=[3], resume=True)

@@ -1,4 +1,4 @@
-"""Does it help on this data? Arms with the same seeds, initial weights and data order, each run in its own process."""
+"""Comparisons: every arm with the same seeds, initial weights and data order, each run in a process of its own."""
 
 import json
 import multiprocessing
@@ -41,17 +41,18 @@ def compare(
     command: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Run every arm with every seed; what is done already is kept.
+    """Run every arm with every seed; runs that are finished already are kept.
 
     Args:
         recipe: YAML file.
         overrides: ``--key=value`` settings for all arms.
-        folder: Of the comparison; gets ``<arm>/seed<k>/`` run folders.
-        name: Of the recipe, for the records.
-        seeds: One run of each arm for each.
+        folder: Folder of the comparison; gets the run folders ``<arm>/seed<k>``, or ``<arm>/seed<k>-<unit>`` where the
+            task has units such as target domains.
+        name: Name of the recipe, for the records.
+        seeds: Seeds; each arm is run once with each, and on each unit.
         controls: Arms beside ``plain`` and ``batchformer``.
         resume: Go on in the folder.
-        command: What the user typed, for the records.
+        command: Command that the user typed, for the records.
         say: Takes lines for the user.
 
     Returns:
@@ -75,7 +76,7 @@ def compare(
         "primary": task.primary,
     }
     with alone_in(folder) if first_rank() else nullcontext(), _keeping_the_plan(folder, resume):
-        _settle(folder, asked)
+        _write_plan(folder, asked)
         _run_all(recipe, overrides, folder, asked, units, say)
     return folder
 
@@ -95,7 +96,7 @@ def _run_all(
         before = (run / DONE).exists()
         own = [*overrides, "--trainer.devices=1", f"--seed={seed}", f"--model.batchformer.arm={arm}"]
         own += [f"--{key}={json.dumps(value)}" for key, value in unit.settings.items()]
-        result = _apart(recipe, own, run, plan["recipe"], unit.name or None, plan["command"])
+        result = _run_in_process(recipe, own, run, plan["recipe"], unit.name or None, plan["command"])
         value = shown(plan["primary"], result["metrics"].get(plan["primary"]), result.get("measures", ()))
         note = "kept" if before else f"{result['cost']['train_seconds']:.0f} s of training"
         who = f"{arm}, seed {seed}{f', {unit.name}' if unit.name else ''}"
@@ -151,8 +152,8 @@ def _arms(controls: Sequence[str], *, single: bool) -> list[str]:
     return ["plain", "batchformer", *dict.fromkeys(controls)]
 
 
-def _settle(folder: Path, plan: dict[str, Any]) -> None:
-    """Write down what is going to be run: the plan gets the arms and seeds of before as well."""
+def _write_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Write the plan of the runs; arms and seeds of an earlier plan stay in it."""
     path = folder / PLAN
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -176,7 +177,7 @@ def _listed(units: Sequence[Mapping[str, str]]) -> str:
 
 @contextmanager
 def _keeping_the_plan(folder: Path, resume: bool) -> Iterator[None]:
-    """A refused command changes no plan, and one whose first run never saved anything is not in the next one's way."""
+    """Take back the plan of a refused command, and of one whose first run never saved anything."""
     path = folder / PLAN
     if path.exists() and not resume:
         raise FileExistsError(f"{folder} has a comparison already. Go on with --resume, or choose another --name.")
@@ -200,18 +201,18 @@ def _discard_plan(folder: Path) -> None:
             empty.rmdir()
 
 
-def _apart(
+def _run_in_process(
     recipe: Path, overrides: list[str], run: Path, name: str, unit: str | None, command: str | None
 ) -> dict[str, Any]:
-    """One run in a fresh process: its peak memory is its own, and it cannot disturb the next."""
+    """Run once in a fresh process, so that its peak memory is its own and it cannot disturb the next run."""
     # The server process has the slow imports done; every run forks off it.
     context = multiprocessing.get_context("forkserver")
     module = tasks()[task_of(recipe)].partition(":")[0]
     context.set_forkserver_preload(["batchformer.engine.run", module])
     answers, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, recipe, overrides, run, name, unit, command))
+    process = context.Process(target=_serve_one_run, args=(sender, recipe, overrides, run, name, unit, command))
     try:
-        _start(process)
+        _start_unreached(process)
         sender.close()
         result, error = answers.recv()
         process.join(10)  # it tidies up after itself
@@ -234,8 +235,8 @@ def _apart(
     return cast(dict[str, Any], result)
 
 
-def _start(process: Any) -> None:
-    """Start a process that Ctrl-C does not reach: the terminal sends it to all, and this one ends the other.
+def _start_unreached(process: Any) -> None:
+    """Start a process that Ctrl-C does not reach. The terminal sends it to all, and this process ends the other one.
 
     Starting takes as long as the server needs for its imports. Ctrl-C meanwhile waits until the process is known, so
     that it can be ended.
@@ -257,7 +258,7 @@ def _start(process: Any) -> None:
 
 
 def _start_server() -> None:
-    """The server and its children inherit that Ctrl-C is blocked; here it waits, where to ignore it would lose it."""
+    """Start the server that runs fork from. It inherits that Ctrl-C is blocked; here Ctrl-C waits until that is done."""
     resource_tracker.ensure_running()  # it unblocks Ctrl-C after its own start, so that comes first
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
@@ -266,7 +267,7 @@ def _start_server() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
-def _answer(
+def _serve_one_run(
     sender: Any,
     recipe: Path,
     overrides: list[str],
@@ -289,11 +290,11 @@ def _answer(
 
 
 def _end_with_parent() -> None:
-    """When the comparison is killed, the run must not go on behind the back of the next attempt."""
+    """End this process with its parent, since a run that went on alone would be in the way of the next attempt."""
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _silent(line: str) -> None:
-    """The comparison prints its own lines."""
+    """Say nothing, since the comparison prints lines of its own."""

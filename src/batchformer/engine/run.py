@@ -1,4 +1,4 @@
-"""One run: train, test the plain network, write the results; and what one does with a run afterwards."""
+"""One run: train stage by stage, test the plain network, write the results; and test it again afterwards."""
 
 import json
 import logging
@@ -67,22 +67,22 @@ def fit(
         _refuse_another_run(folder)
     quiet()
     history = History(folder / "metrics.csv")
-    whole, stages = _planned(recipe, overrides, folder)
+    whole, stages = _plan_of(recipe, overrides, folder)
     with alone_in(folder) if first_rank() else nullcontext():
         if first_rank():
-            _settle_config(folder, dump(whole), resume)
+            _write_config(folder, dump(whole), resume)
         if resume and (folder / DONE).exists():
             say(f"{folder} is finished already.")
             return cast(dict[str, Any], json.loads((folder / "result.json").read_text(encoding="utf-8")))
         if first_rank():
-            _settle_environment(folder, environment(str(whole.trainer.precision), command))
+            _write_environment(folder, environment(str(whole.trainer.precision), command))
             going_on = resume and any((folder / "checkpoints").glob("*.ckpt"))
-            say(f"{'Resuming' if going_on else 'Training'} {folder}: {_words(whole)}")
+            say(f"{'Resuming' if going_on else 'Training'} {folder}: {_description(whole)}")
         with _keeping_nothing_unsaved(folder):
             for planned in remaining(folder, stages, task_of(recipe)):
                 cost, stage = Cost(), with_start(folder, stages, planned)
                 callbacks = [history, cost, _keeper(folder)]
-                cli = _cli_of(recipe, overrides, planned, folder, stage, callbacks)
+                cli = _parse_stage(recipe, overrides, planned, folder, stage, callbacks)
                 _train(cli, folder, stage, history)
                 finish(folder, planned, cli.trainer)
             # What is tested is what was saved: a run that was killed after its last epoch has nothing else.
@@ -96,7 +96,7 @@ def fit(
     return result
 
 
-def _planned(recipe: Path, overrides: Sequence[str], folder: Path) -> tuple[LightningCLI, list[PlannedStage]]:
+def _plan_of(recipe: Path, overrides: Sequence[str], folder: Path) -> tuple[LightningCLI, list[PlannedStage]]:
     """Parse a recipe and the settings of all its stages, so that what is wrong is said before the first one."""
     whole = parse(recipe, overrides, **_surroundings(folder, []))
     stages = plan(whole.config.get("stages"), whole.model.stages)
@@ -120,7 +120,7 @@ def _planned(recipe: Path, overrides: Sequence[str], folder: Path) -> tuple[Ligh
     return whole, stages
 
 
-def _cli_of(
+def _parse_stage(
     recipe: Path,
     overrides: Sequence[str],
     planned: PlannedStage,
@@ -176,14 +176,14 @@ def test(run: Path) -> dict[str, float | None]:
     config = run / RUN_CONFIG
     whole = parse(config, alone, **_surroundings(run, []))
     stages = plan(whole.config.get("stages"), whole.model.stages)
-    cli = _cli_of(config, alone, stages[-1], run, with_start(run, stages, stages[-1]), [])
+    cli = _parse_stage(config, alone, stages[-1], run, with_start(run, stages, stages[-1]), [])
     cli.trainer.test(cli.model, cli.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
     return _tested(cli.trainer.callback_metrics)
 
 
 @contextmanager
 def _keeping_nothing_unsaved(folder: Path) -> Iterator[None]:
-    """A run that fails before its first checkpoint (wrong data, say) does not stand in the way of the next try."""
+    """Remove a run that fails before its first checkpoint, so that the same command can be repeated."""
     try:
         yield
     except SystemExit:  # Lightning ends the process on Ctrl-C and SIGTERM; the caller has a word to say first
@@ -196,7 +196,7 @@ def _keeping_nothing_unsaved(folder: Path) -> Iterator[None]:
 
 
 def first_rank() -> bool:
-    """Whether this process is the one that writes: launchers tell the rank before anything is set up."""
+    """Return whether this process is the one that writes; launchers tell the rank before anything is set up."""
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
@@ -220,7 +220,7 @@ def _surroundings(folder: Path, callbacks: list[Callback]) -> dict[str, Any]:
     }
 
 
-def _settle_config(folder: Path, text: str, resume: bool) -> None:
+def _write_config(folder: Path, text: str, resume: bool) -> None:
     path = folder / RUN_CONFIG
     if resume and path.exists():
         before = dump(parse(path, **_surroundings(folder, [])))  # in today's terms, with today's defaults
@@ -235,8 +235,8 @@ def _settle_config(folder: Path, text: str, resume: bool) -> None:
     write_text(path, text)
 
 
-def _settle_environment(folder: Path, now: dict[str, Any]) -> None:
-    """What a run was started in stays; each resumption is noted beside it."""
+def _write_environment(folder: Path, now: dict[str, Any]) -> None:
+    """Write the environment of a run; that of its start stays, and each resumption is noted beside it."""
     path = folder / "environment.json"
     if path.exists():
         first = json.loads(path.read_text(encoding="utf-8"))
@@ -290,7 +290,7 @@ def _defined(value: float) -> float | None:
     return None if math.isnan(value) else value  # strict JSON has no NaN
 
 
-def _words(cli: LightningCLI) -> str:
+def _description(cli: LightningCLI) -> str:
     task = cast(Task, cli.model)
     device = cli.trainer.strategy.root_device.type
     where = f"{device}, {cli.trainer.precision}, {torch.get_num_threads()} threads"
@@ -298,7 +298,7 @@ def _words(cli: LightningCLI) -> str:
 
 
 def quiet() -> None:
-    """Lightning's notes on hardware and tips are no news to the user of a recipe, nor is the place of a warning."""
+    """Silence Lightning's notes on hardware and tips, and leave out the place of a warning: neither helps a user."""
     warnings.formatwarning = lambda message, *_, **__: f"Warning: {message}\n"
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -316,7 +316,7 @@ def quiet() -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove the records of a run that never saved anything, so that it can be started afresh; nothing else there."""
+    """Remove the records of a run that never saved anything, so that it can be started afresh; leave other files."""
     if any((folder / "checkpoints").glob("*.ckpt")):
         return
     for name in ("config.yaml", "environment.json", "metrics.csv"):
