@@ -258,7 +258,7 @@ def _start_unreached(process: Any) -> None:
 
 
 def _start_server() -> None:
-    """Start the server that runs fork from. It inherits that Ctrl-C is blocked; here Ctrl-C waits until that is done."""
+    """Start the server that runs fork from, with Ctrl-C blocked; a Ctrl-C meanwhile waits until it has started."""
     resource_tracker.ensure_running()  # it unblocks Ctrl-C after its own start, so that comes first
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:

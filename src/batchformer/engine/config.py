@@ -17,17 +17,19 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from batchformer.tasks.training.checkpoint import no_run
+
 from .errors import ConfigError
 from .stages import StageSettings, fold
 from .tasks import task_class, task_part, tasks
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
 INSTEAD = {"trainer.precision": "precision", "data.seed": "seed", "model.seed": "seed", "seed_everything": "seed"}
-"""Settings that follow from others."""
+"""Settings that follow from others: the setting, and the one to set."""
 RUN_CONFIG = "config.yaml"
 """Name of the resolved settings in a run folder."""
 CIRCUMSTANCES = ("default_root_dir", "enable_progress_bar")
-"""Arguments of the Trainer that say where a run happens, not what it is: a run may be moved, and go on anywhere."""
+"""Arguments of the Trainer about the place of a run, which may be moved; they are no part of its settings."""
 
 
 class _Cli(LightningCLI):
@@ -143,7 +145,7 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def dump(cli: LightningCLI) -> str:
-    """The resolved config as YAML: it is a recipe again."""
+    """Return the resolved config as YAML, which is a recipe again."""
     config = cli.config.clone()
     for name in ("config", *(f"trainer.{name}" for name in CIRCUMSTANCES)):
         config.pop(name, None)
@@ -167,7 +169,7 @@ def differences(before: str, now: str) -> list[str]:
 
 
 def resolve_precision(precision: str) -> str:
-    """``auto`` is bf16 on devices and processors with bf16 instructions, fp32 elsewhere.
+    """Resolve ``auto`` to bf16 on devices and processors with bf16 instructions, and to fp32 elsewhere.
 
     Example:
         >>> resolve_precision("16-mixed")
@@ -190,7 +192,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def task_of(recipe: Path) -> str:
-    """The task of a recipe.
+    """Return the task of a recipe.
 
     Raises:
         ConfigError: For an unknown one, and a file that is no recipe.
@@ -202,7 +204,7 @@ def task_of(recipe: Path) -> str:
 
 
 def run_part(run: Path, part: str) -> ModuleType:
-    """``tasks/<task>/<part>.py`` of the task that a run is of.
+    """Import a module of the task that a run is of: ``restore`` or ``predict``.
 
     Raises:
         FileNotFoundError: When it is no run folder.
@@ -210,7 +212,7 @@ def run_part(run: Path, part: str) -> ModuleType:
     """
     config = run / RUN_CONFIG
     if not config.is_file():
-        raise FileNotFoundError(f"Expected a run folder, got {run} without config.yaml. batchformer fit writes them.")
+        raise no_run(run, RUN_CONFIG)
     return task_part(task_of(config), part)
 
 
@@ -269,7 +271,7 @@ def _given(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, list[Any]]
 
 
 def _problem(parser: LightningArgumentParser, key: str, readings: list[Any]) -> str | None:
-    """What is wrong with a value; ``readings``: what it may stand for (``123``: a number, or a folder)."""
+    """Return the problem with a value, which may be read in several ways (123: a number, or a name); else ``None``."""
     for nested in readings:
         for part in reversed(key.split(".")):
             nested = {part: nested}
@@ -287,7 +289,7 @@ def _problem(parser: LightningArgumentParser, key: str, readings: list[Any]) -> 
 
 
 def _in_words(hint: Any) -> str:
-    """A type as an error message says it.
+    """Return a type as an error message says it.
 
     Example:
         >>> _in_words(int | None), _in_words(Literal["a", "b"]), _in_words(list[str])
@@ -347,13 +349,13 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _inside_dict(key: str, known: set[str]) -> bool:
-    """Whether a part of the key is a setting that takes any keys (``model.loss.settings.tau``)."""
+    """Return whether a part of the key is a setting that takes any keys, as in ``model.loss.settings.tau``."""
     parts = key.split(".")
     return any(".".join(parts[:i]) in known for i in range(1, len(parts)))
 
 
 def _nearest(key: str, known: set[str]) -> str:
-    """The nearest settings: in the same group, then of the same last name anywhere, then by the whole key."""
+    """Name the nearest settings: in the same group, then of the same last name anywhere, then by the whole key."""
     group, _, name = key.rpartition(".")
     inside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == group]
     near = [f"{group}.{k}".lstrip(".") for k in difflib.get_close_matches(name, inside, n=2, cutoff=0.7)]

@@ -1,4 +1,4 @@
-"""Which recipes there are, read without parsing them. Standard library only: ``batchformer ls`` must not wait."""
+"""The list of recipes, read without parsing them. Standard library only, since ``batchformer ls`` must not wait."""
 
 import difflib
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ class Recipe:
     """A YAML file of hyper-parameters.
 
     Attributes:
-        name: ``task/data-model``, or the path of a file of one's own.
+        name: ``task/data-model``, or the path of a file of the user's own.
         path: The file.
     """
 
@@ -21,7 +21,7 @@ class Recipe:
 
     @property
     def header(self) -> list[str]:
-        """The comment block on top, without its hashes: what it is, the command, hardware, hours, expected result."""
+        """Comment block on top, without its hashes: content, command, hardware, hours, expected result."""
         lines = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             if not line.startswith("#"):
@@ -30,7 +30,7 @@ class Recipe:
         return lines
 
     def value(self, key: str) -> str | None:
-        """The value of the first line ``key: value``, however deep; for ``ls``, which shows the data set."""
+        """Return the value of the first line ``key: value``, however deep; ``ls`` shows the data set by it."""
         for line in self.path.read_text(encoding="utf-8").splitlines():
             name, colon, value = line.strip().partition(":")
             if colon and name == key:
@@ -48,7 +48,7 @@ def recipes() -> list[Recipe]:
 
 
 def find_recipe(name: str) -> Recipe:
-    """A recipe of the package by name, or a YAML file, or the config of a run folder.
+    """Find a recipe by name, or a YAML file, or the config of a run folder.
 
     Raises:
         FileNotFoundError: With the nearest names.

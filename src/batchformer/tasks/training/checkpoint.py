@@ -137,13 +137,18 @@ def checkpoint_of(run: str | Path) -> Path:
     Raises:
         FileNotFoundError: When there is none; names the runs of a comparison where a comparison was given.
     """
-    path = Path(run)
-    if path.is_dir() and (path / "compare.json").is_file():
-        runs = sorted(str(inside.parent.parent) for inside in path.glob("*/*/checkpoints/last.ckpt"))
-        raise FileNotFoundError(
-            f"Expected a run folder, got the comparison {run}. Give one of its runs{': ' + runs[0] if runs else ''}."
-        )
-    path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    path = Path(run) / "checkpoints" / "last.ckpt" if Path(run).is_dir() else Path(run)
     if not path.is_file():
-        raise FileNotFoundError(f"Expected a run folder with checkpoints/last.ckpt, or a checkpoint file, got {run}.")
+        raise no_run(run, "checkpoints/last.ckpt")
     return path
+
+
+def no_run(folder: str | Path, missing: str) -> FileNotFoundError:
+    """Return the error for a folder that is no run folder, for lack of a file; of a comparison it names a run."""
+    if (Path(folder) / "compare.json").is_file():
+        runs = sorted(str(path.parent) for path in Path(folder).glob("*/*/config.yaml"))
+        hint = f" Give one of its runs, such as {runs[0]}." if runs else " It has no run yet."
+        return FileNotFoundError(f"Expected a run folder, got the comparison {folder}.{hint}")
+    return FileNotFoundError(
+        f"Expected a run folder with {missing}, or a checkpoint file, got {folder}. batchformer fit writes run folders."
+    )
