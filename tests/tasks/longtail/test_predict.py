@@ -10,23 +10,27 @@ from PIL import Image
 
 from batchformer.data.images import decode
 from batchformer.data.transforms import image_eval, normalize
+from batchformer.tasks.longtail.model import build_network
 from batchformer.tasks.longtail.predict import predict
-from batchformer.tasks.longtail.restore import DataFacts, build_network
+from batchformer.tasks.longtail.restore import LongTailFacts, load_network
 from batchformer.tasks.longtail.settings import NetworkSettings
 
-FACTS = DataFacts([9, 5, 2], ["a", "b", "c"], {"many": [0], "medium": [1], "few": [2]}, 3, 16, [0.5] * 3, [0.2] * 3)
+FACTS = LongTailFacts(
+    classes=["a", "b", "c"], counts=[9, 5, 2], groups={"many": [0], "medium": [1], "few": [2]},
+    in_channels=3, image_size=16, mean=[0.5] * 3, std=[0.2] * 3,
+)  # fmt: skip
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     settings = NetworkSettings()
-    network = build_network(settings, FACTS)
+    network = build_network(settings, 3, 3)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     torch.save(
         {
             "state_dict": {f"network.{name}": value for name, value in network.state_dict().items()},
-            "longtail": {"network": vars(settings), "second": None, "data": vars(FACTS)},
+            "longtail": {"stage": "train", "settings": {"network": vars(settings)}, "facts": vars(FACTS)},
         },
         tmp_path / "run" / "checkpoints" / "last.ckpt",
     )
@@ -34,8 +38,6 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_the_most_probable_classes_of_each_image(run: Path, tmp_path: Path) -> None:
-    from batchformer.tasks.longtail.restore import load_network
-
     random = np.random.default_rng(0)
     images = [tmp_path / f"{i}.png" for i in range(70)]  # more than a batch
     for i, path in enumerate(images):

@@ -8,13 +8,17 @@ import pytest
 import torch
 from torch import nn
 
+from batchformer.tasks.longtail.model import build_network, build_stage
 from batchformer.tasks.longtail.paco import PaCo
-from batchformer.tasks.longtail.restore import DataFacts, build_network, exportable, load_network, second_stage
+from batchformer.tasks.longtail.restore import LongTailFacts, exportable, load_network
 from batchformer.tasks.longtail.ride import RIDE, RoutedExperts
 from batchformer.tasks.longtail.settings import NetworkSettings
 from batchformer.tasks.training.arms import insert_arm
 
-FACTS = DataFacts([9, 4, 2], ["a", "b", "c"], {"many": [0], "medium": [1], "few": [2]}, 1, 16, [0.5], [0.5])
+FACTS = LongTailFacts(
+    classes=["a", "b", "c"], counts=[9, 4, 2], groups={"many": [0], "medium": [1], "few": [2]},
+    in_channels=1, image_size=16, mean=[0.5], std=[0.5],
+)  # fmt: skip
 KINDS = {
     "plain": NetworkSettings(),
     "cosine": NetworkSettings(cosine=True),
@@ -23,11 +27,15 @@ KINDS = {
 }
 
 
-def saved(path: Path, network: nn.Module, settings: NetworkSettings, second: str | None = None) -> Path:
+def network_of(settings: NetworkSettings) -> Any:
+    return build_network(settings, 3, 1)
+
+
+def saved(path: Path, network: nn.Module, settings: NetworkSettings, stage: str = "train") -> Path:
     state = {f"network.{key}": value for key, value in network.state_dict().items()}
-    stored = {"network": asdict(settings), "second": second, "data": asdict(FACTS)}
+    entry = {"stage": stage, "settings": {"network": asdict(settings)}, "facts": asdict(FACTS)}
     (path / "checkpoints").mkdir(parents=True)
-    torch.save({"state_dict": state, "longtail": stored}, path / "checkpoints" / "last.ckpt")
+    torch.save({"state_dict": state, "longtail": entry}, path / "checkpoints" / "last.ckpt")
     return path
 
 
@@ -41,7 +49,7 @@ def answer(network: nn.Module) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [True, False])
 def test_the_plain_network_comes_back_without_the_module(kind: str, share: bool, tmp_path: Path) -> None:
-    network = build_network(KINDS[kind], FACTS)
+    network = network_of(KINDS[kind])
     plain = set(network.state_dict())
     insert_arm(network, "batchformer", before="auto", share=share)
     run = saved(tmp_path / "run", network, KINDS[kind])
@@ -65,37 +73,37 @@ def test_the_plain_network_comes_back_without_the_module(kind: str, share: bool,
 )
 def test_settings_that_a_network_does_not_take_are_refused(settings: NetworkSettings, taken: str) -> None:
     with pytest.raises(ValueError, match=rf"this network takes \({taken}\), got foo.*argument 'foo'"):
-        build_network(settings, FACTS)
+        network_of(settings)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_written_beside_an_exported_network(kind: str, tmp_path: Path) -> None:
-    run = saved(tmp_path / "run", build_network(KINDS[kind], FACTS), KINDS[kind])
+    run = saved(tmp_path / "run", network_of(KINDS[kind]), KINDS[kind])
     facts = exportable(run).facts
     assert ("experts" in facts["network"], "reduced" in facts["network"]) == (kind == "ride", kind == "ride")
     assert (facts["resize_short_side"], facts["centre_crop"], facts["image_size"]) == (16, 16, 16)
 
 
 def test_restoring_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = build_network(NetworkSettings(), FACTS)
+    network = network_of(NetworkSettings())
     run = saved(tmp_path / "run", network, NetworkSettings(pretrained=True))
     assert load_network(run).settings.pretrained is False
 
 
-@pytest.mark.parametrize("second", ["crt", "lws", "tau"])
+@pytest.mark.parametrize("stage", ["crt", "lws", "tau"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_second_stages_come_back(kind: str, second: str, tmp_path: Path) -> None:
-    network = second_stage(build_network(KINDS[kind], FACTS), second, 0.5)
+def test_later_stages_come_back(kind: str, stage: str, tmp_path: Path) -> None:
+    network = build_stage(network_of(KINDS[kind]), stage, 0.5)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.01)
     assert not isinstance(network, PaCo)
-    restored = load_network(saved(tmp_path / "run", network, KINDS[kind], second)).network
+    restored = load_network(saved(tmp_path / "run", network, KINDS[kind], stage)).network
     assert torch.equal(answer(restored), answer(network))
 
 
 def test_routed_experts_come_back(tmp_path: Path) -> None:
-    routed = second_stage(build_network(KINDS["ride"], FACTS), "routing", 1.0)
+    routed = build_stage(network_of(KINDS["ride"]), "routing", 1.0)
     assert isinstance(routed, RoutedExperts)
     restored = load_network(saved(tmp_path / "run", routed, KINDS["ride"], "routing")).network
     assert torch.equal(answer(restored), answer(routed))
@@ -103,13 +111,26 @@ def test_routed_experts_come_back(tmp_path: Path) -> None:
 
 def test_only_ride_can_be_routed() -> None:
     with pytest.raises(ValueError, match="Expected a RIDE run to start from for 'routing', got a Network"):
-        second_stage(build_network(KINDS["paco"], FACTS), "routing", 1.0)
-    assert isinstance(build_network(KINDS["ride"], FACTS), RIDE)
+        build_stage(network_of(KINDS["paco"]), "routing", 1.0)
+    assert isinstance(network_of(KINDS["ride"]), RIDE)
+
+
+def test_a_checkpoint_of_an_earlier_version_comes_back(tmp_path: Path) -> None:
+    network = build_stage(network_of(KINDS["plain"]), "crt")
+    run = saved(tmp_path / "run", network, KINDS["plain"], "crt")
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    old = {"network": asdict(KINDS["plain"]), "second": "crt", "data": asdict(FACTS)}
+    torch.save({**checkpoint, "longtail": old}, run / "checkpoints" / "last.ckpt")
+    restored = load_network(run)
+    assert (restored.stage, restored.facts, restored.settings) == ("crt", FACTS, KINDS["plain"])
+    assert torch.equal(answer(restored.network), answer(network))
+    torch.save({**checkpoint, "longtail": {**old, "second": None}}, run / "checkpoints" / "last.ckpt")
+    assert load_network(run).stage == "train"
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"run folder with checkpoints/last.ckpt, or a checkpoint file, got"):
         load_network(tmp_path)
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="without the entry 'longtail'"):
+    with pytest.raises(ValueError, match="checkpoint of the task 'longtail'"):
         load_network(tmp_path / "other.ckpt")

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchformer.insertion import Handle
+
 from . import loss, loss_paco, loss_ride
 from .paco import PaCoOutput
 
-__all__ = ["LOSSES", "Criterion", "build_loss"]
+__all__ = ["LOSSES", "Criterion", "build_loss", "loss_of_streams"]
 
 
 class Criterion(nn.Module):
@@ -221,3 +223,36 @@ def build_loss(name: str, counts: Tensor, **settings: Any) -> Criterion:
     if unknown:
         raise ValueError(f"Loss {name!r} has no setting {', '.join(unknown)}. It has: {', '.join(known) or 'none'}.")
     return LOSSES[name](counts, **settings)
+
+
+def loss_of_streams(
+    criterion: Callable[[Any, Tensor], Tensor],
+    outputs: Any,
+    targets: Tensor,
+    handle: Handle | None,
+    weights: tuple[float, float] = (1.0, 1.0),
+) -> Tensor:
+    """Compute the weighted mean of the losses of both streams, or the loss of the one stream that there is.
+
+    Args:
+        criterion: Function from the outputs of one stream and its targets to a scalar.
+        outputs: Outputs of a training step: a tensor whose rows double, or a `PaCoOutput`, whose anchors double.
+        targets: Class indices ``(N,)`` or probabilities ``(N, K)``.
+        handle: Handle of the insertion; ``None`` where BatchFormer is not in the network.
+        weights: Weights of the plain and the mixed stream.
+
+    Returns:
+        The loss, a scalar.
+
+    Example:
+        >>> loss_of_streams(torch.nn.functional.cross_entropy, torch.zeros(2, 4), torch.tensor([0, 3]), None)
+        tensor(1.3863)
+    """
+    if handle is None:
+        return criterion(outputs, targets)
+    if isinstance(outputs, PaCoOutput):
+        # The queries and logits have both streams, the keys only one.
+        return handle.loss(
+            lambda anchors, rows: criterion(outputs.with_anchors(*anchors), rows), outputs.anchors, targets, weights
+        )
+    return handle.loss(criterion, outputs, targets, weights)

@@ -65,6 +65,13 @@ class LongTailData(ImageData):
         super().setup(stage)
         self.groups = shot_groups(self.counts, self.many_over, self.few_under)
 
+    def notes(self) -> list[str]:
+        """Return the sentence that says which classes count as many, medium and few."""
+        return [
+            f"Many: classes with more than {self.many_over} training images; few: with fewer than {self.few_under}; "
+            "medium: the others. Each group's value is the mean over its classes."
+        ]
+
     def choose(self, train: Part, num_classes: int) -> Part:
         """Return the training images cut to the long tail that was asked for."""
         if self.n_max is None and self.imbalance_factor is None:

@@ -130,6 +130,11 @@ class RoutedExperts(nn.Module):
         (torch.Size([2, 10]), True)
     """
 
+    onnx_refusal = (
+        "Expected a network that does the same for every image, got routed experts, which ONNX cannot say. Give "
+        "--format=safetensors, or export the run of the stage before, which asks all experts."
+    )
+
     def __init__(self, network: RIDE, *, hidden: int = 16, top: int = 5) -> None:
         super().__init__()
         if len(network.experts) < 2:

@@ -1,21 +1,23 @@
-"""The settings of a long-tailed run, as recipes spell them."""
+"""Settings of a long-tailed run, as recipes spell them."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from batchformer.tasks.training.contract import Stage
+
 
 @dataclass
 class NetworkSettings:
-    """The network.
+    """Settings of the network.
 
     Attributes:
-        backbone: ``small_resnet``, ``resnet32``, ``resnet10``, ``resnet50``, ``resnext50``, ``resnet152`` or any timm
-            name.
-        kind: One classifier, RIDE's experts, or PaCo's two encoders.
-        cosine: Cosine classifier; ``None`` takes the kind's own.
-        pretrained: Start from timm's ImageNet weights.
-        experts: Of RIDE.
-        reduced: RIDE's reduced width.
+        backbone: ``small_resnet``, ``resnet32``, ``resnet10``, ``resnet50``, ``resnext50``, ``resnet152`` or any name
+            that timm knows.
+        kind: ``plain``: one classifier. ``ride``: RIDE's experts. ``paco``: PaCo's two encoders.
+        cosine: Whether the classifiers are cosine classifiers; ``None`` takes the kind's own.
+        pretrained: Whether training starts from timm's ImageNet weights.
+        experts: Number of RIDE's experts, at least 1.
+        reduced: Whether RIDE's experts have their stages at reduced width.
         train_only: Parts that train, by the beginning of their names (``["backbone.layer4", "classifier"]``); the rest
             keeps its weights, as usual on Places-LT. Empty: all of it trains. BatchFormer always does.
         settings: More arguments of the network (PaCo: ``queue_size``, ``momentum``, ``embed_dim``; else timm's).
@@ -33,11 +35,12 @@ class NetworkSettings:
 
 @dataclass
 class LossSettings:
-    """The loss.
+    """Settings of the loss.
 
     Attributes:
-        name: Which one.
-        settings: Its arguments, for example ``reweight_epoch``; an unknown one is refused with the list of known ones.
+        name: Name of the loss.
+        settings: Arguments of the loss, for example ``reweight_epoch``; an unknown one is refused with the list of
+            known ones.
     """
 
     name: Literal["cross_entropy", "balanced_softmax", "class_balanced", "logit_adjusted", "ldam", "ride", "paco"] = (
@@ -46,19 +49,55 @@ class LossSettings:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
-class StageSettings:
-    """A second stage on a trained network, or a teacher for the first.
+def refuse_mismatch(network: NetworkSettings, loss: LossSettings, stage: Stage, teacher: str | None) -> None:
+    """Refuse settings that do not go together.
 
-    Attributes:
-        second: ``crt`` (new classifier on frozen features), ``lws`` (learned scale for each class), ``tau`` (weights
-            over their norm to the power tau, no training) or ``routing`` (RIDE's expert assignment).
-        start_from: Run folder of the first stage; needed by every second stage.
-        tau: Of ``tau``, in [0, 1] as a rule.
-        teacher: Run folder of the network to distil from (RIDE).
+    Args:
+        network: Settings of the network.
+        loss: Settings of the loss.
+        stage: Stage of the run, and the checkpoint that it starts from.
+        teacher: Run folder of the network to distil from; ``None`` for none.
+
+    Raises:
+        ValueError: Says what was expected, what came and the way out.
+
+    Example:
+        >>> refuse_mismatch(NetworkSettings(kind="ride"), LossSettings("ride"), Stage("train"), teacher=None)
     """
+    if stage.name != "train" and stage.start is None:
+        raise ValueError(
+            f"Expected a trained network for the stage {stage.name!r}. List the stage train before it, or start from "
+            f"a run: --stages.{stage.name}.start_from=RUN."
+        )
+    if stage.name in ("crt", "lws") and loss.name == "paco":
+        raise ValueError(
+            f"Expected a loss of logits in the stage {stage.name!r}, which trains the classifier alone, got 'paco'. "
+            f"Set --stages.{stage.name}.settings.model.loss.name=cross_entropy."
+        )
+    paco, ride = (loss.name == kind for kind in ("paco", "ride"))
+    if stage.name == "train" and (paco != (network.kind == "paco") or (ride and network.kind != "ride")):
+        raise ValueError(
+            "Expected the loss 'paco' together with network kind 'paco', and the loss 'ride' with network kind 'ride' "
+            f"alone, got loss {loss.name!r} and kind {network.kind!r}."
+        )
+    if teacher is not None and not ride:
+        raise ValueError(f"Expected the RIDE loss for distillation from a teacher, got {loss.name!r}.")
 
-    second: Literal["crt", "lws", "tau", "routing"] | None = None
-    start_from: str | None = None
-    tau: float = 1.0
-    teacher: str | None = None
+
+def translate(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings of an earlier version, in which ``model.stage`` held a second stage, in today's terms.
+
+    Args:
+        settings: Dotted key to value, of a recipe with its overrides.
+
+    Example:
+        >>> translate({"model.stage.second": "crt", "model.stage.start_from": "runs/a", "trainer.max_epochs": 5})
+        {'stages': [{'name': 'crt', 'epochs': 5, 'start_from': 'runs/a'}]}
+    """
+    old = {key: settings.get(f"model.stage.{key}") for key in ("second", "start_from", "tau", "teacher")}
+    now = {key: value for key, value in settings.items() if key not in {f"model.stage.{name}" for name in old}}
+    now |= {f"model.{key}": old[key] for key in ("tau", "teacher") if f"model.stage.{key}" in settings}
+    if old["second"] is not None:
+        epochs = now.pop("trainer.max_epochs", None)
+        now["stages"] = [{"name": old["second"], "epochs": epochs, "start_from": old["start_from"]}]
+    return now

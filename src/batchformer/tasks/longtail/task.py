@@ -1,56 +1,58 @@
-"""One long-tailed run: data, network, plug-in, loss and metrics, wired for Lightning's Trainer."""
+"""The task of long-tailed recognition: its settings, stages, losses and metrics on the base of every task."""
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, ClassVar, cast
+from functools import partial
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from batchformer.data.samplers import derive_seed
-from batchformer.insertion import Handle, param_groups
-from batchformer.tasks.image_classification.network import ImageClassifier
-from batchformer.tasks.training.averaging import MovingAverage
-from batchformer.tasks.training.contract import ClassResult
-from batchformer.tasks.training.schedule import DIVERGED, optimization
-from batchformer.tasks.training.settings import BatchFormerSettings, OptimizerSettings, insert_plug_in
+from batchformer.insertion import Handle
+from batchformer.tasks.training.settings import BatchFormerSettings, OptimizerSettings, insert_from_settings
+from batchformer.tasks.training.task import Task
 
-from .criterion import Criterion, RIDELoss, build_loss
+from .criterion import build_loss, loss_of_streams
+from .data import LongTailData
 from .loss_ride import routing
-from .metrics import LongTailMetrics
-from .paco import PaCoOutput
-from .restore import DataFacts, build_network, load_network, second_stage
-from .ride import RIDE, RoutedExperts, RoutedOutput, RoutingOutput
-from .settings import LossSettings, NetworkSettings, StageSettings
+from .metrics import MEASURES, LongTailMetrics, RoutedMetrics
+from .model import build_network, build_stage, final_logits
+from .restore import CHECKPOINT, load_network
+from .ride import RIDE, RoutedOutput, RoutingOutput
+from .settings import LossSettings, NetworkSettings, refuse_mismatch, translate
 
 
-class LongTailTask(LightningModule):
-    """Train a network on long-tailed data, plain or with BatchFormer; test the plain network.
-
-    The network is built in ``setup()``, when the data has said how many classes there are. It is the same for all arms
-    of a comparison with one seed: the module comes after it and draws its weights apart.
+class LongTailTask(Task):
+    """Train a classifier on long-tailed data, plain or with BatchFormer; test the plain classifier.
 
     Args:
-        network: The network.
-        loss: The loss.
-        batchformer: The module and the arm.
-        optimizer: Optimizer and schedule.
-        stage: Second stage and teacher.
+        network: Settings of the network.
+        loss: Settings of the loss.
+        batchformer: Settings of BatchFormer and the arm.
+        optimizer: Settings of optimizer and schedule.
+        tau: Exponent of the stage ``tau``, in [0, 1] as a rule: 0 keeps the lengths of the classes' weights, 1 makes
+            them equal.
+        teacher: Run folder of the network to distil from (RIDE); ``None`` for none.
         ema: Decay of an exponential moving average of the weights, which is then what is tested; ``None`` for none.
-        channels_last: Memory format of convolutions; ``None``: with bf16.
+        channels_last: Whether images lie in memory with channels last; ``None`` means only with bf16.
         compile: Whether the network runs through ``torch.compile``.
-        seed: Of initial weights and dropout.
+        seed: Seed of initial weights and dropout.
 
     Raises:
         ValueError: From ``setup()``, for settings that do not go together.
     """
 
-    primary: ClassVar[str] = "top1"
-    class_metric: ClassVar[str] = "accuracy"
-    class_count: ClassVar[str] = "training images"
+    checkpoint = CHECKPOINT
+    data_type = LongTailData
+    measures = MEASURES
+    primary, class_metric = "top1", "accuracy"
+    stages = {
+        "train": "The network is trained, with BatchFormer in it.",
+        "crt": "A new classifier is trained on the frozen features of the stage before (cRT).",
+        "lws": "One factor for each class is trained on the frozen classifier of the stage before (LWS).",
+        "tau": "Each class's weights are divided by their length to the power model.tau; nothing is trained.",
+        "routing": "Routers are trained that ask for as many of RIDE's experts as an image needs.",
+    }
 
     def __init__(
         self,
@@ -58,225 +60,89 @@ class LongTailTask(LightningModule):
         loss: LossSettings = LossSettings(),  # noqa: B008
         batchformer: BatchFormerSettings = BatchFormerSettings(),  # noqa: B008
         optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008
-        stage: StageSettings = StageSettings(),  # noqa: B008
+        tau: float = 1.0,
+        teacher: str | None = None,
         ema: float | None = None,
         channels_last: bool | None = None,
         compile: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.network_settings, self.loss_settings, self.plug_in = network, loss, batchformer
-        self.optimizer_settings, self.stage, self.ema = optimizer, stage, ema
-        self.channels_last, self.compiles, self.seed = channels_last, compile, seed
-        self.network: nn.Module | None = None
-        self.handle: Handle | None = None
-        self.facts: DataFacts | None = None
-        self.test_seconds, self.test_images = 0.0, 0
+        super().__init__(batchformer, optimizer, ema=ema, channels_last=channels_last, compile=compile, seed=seed)
+        self.network_settings, self.loss_settings = network, loss
+        self.tau, self.teacher = tau, teacher
 
-    # ---------------------------------------------------------------- building
+    def check(self) -> None:
+        """Refuse a loss that the network or the stage has no outputs for, and a stage without a start."""
+        refuse_mismatch(self.network_settings, self.loss_settings, self.stage, self.teacher)
 
-    def setup(self, stage: str) -> None:
-        """Build the network for the data at hand, once."""
-        if self.network is not None:
-            return
-        self.facts = DataFacts.of(self.trainer.datamodule)  # type: ignore[attr-defined]
-        self._check()
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            if self.stage.second is not None:
-                first = load_network(cast(str, self.stage.start_from))
-                self.network_settings = first.settings
-                self.network = second_stage(first.network.train(), self.stage.second, self.stage.tau)
-            else:
-                self.network = build_network(self.network_settings, self.facts)
-                torch.manual_seed(derive_seed(self.seed, 1))
-                self.handle = self._insert(self.network)
-        if self.channels_last or (self.channels_last is None and "bf16" in str(self.trainer.precision)):
-            self.network.to(memory_format=torch.channels_last)
-        if self.compiles:
-            self.network.compile()  # in place: the names in a checkpoint stay
-        counts = torch.tensor(self.facts.counts)
-        self.criterion: Criterion = build_loss(self.loss_settings.name, counts, **self.loss_settings.settings)
-        # In a list, so that the teacher is no part of this module: neither trained nor saved.
-        self.teachers = self._load_teachers()
-        groups = self.facts.groups
-        self.metrics = nn.ModuleDict({s: LongTailMetrics(len(counts), groups) for s in ("val", "test")})
+    def build_network(self) -> Any:
+        """Build the network from the settings, or out of that of the stage before."""
+        if self.stage.name == "train":
+            return build_network(self.network_settings, len(self.facts.classes), self.facts.in_channels)
+        before = load_network(self.stage.start)  # type: ignore[arg-type]  # check() refuses None
+        self.network_settings, network = before.settings, before.network.train()
+        # Where the run to start from is gone, a run that goes on starts from its own checkpoint.
+        return network if before.stage == self.stage.name else build_stage(network, self.stage.name, self.tau)
 
-    def _check(self) -> None:
-        kind, loss, stage = self.network_settings.kind, self.loss_settings.name, self.stage
-        if (loss == "paco") != (kind == "paco"):
-            raise ValueError(f"Expected loss and network kind 'paco' together, got loss {loss!r} and kind {kind!r}.")
-        if loss == "ride" and kind != "ride":
-            raise ValueError(f"Expected network kind 'ride' for the RIDE loss, got {kind!r}.")
-        if stage.second is not None and stage.start_from is None:
-            raise ValueError(f"Expected stage.start_from=RUN, the first stage's run folder, for {stage.second!r}.")
-        if stage.teacher is not None and loss != "ride":
-            raise ValueError(f"Expected the RIDE loss for distillation from a teacher, got {loss!r}.")
-
-    def _insert(self, network: ImageClassifier) -> Handle | None:
+    def insert(self, network: nn.Module) -> Handle | None:
+        """Put BatchFormer in front of the classifiers in the stage train; the others train none."""
+        if self.stage.name != "train":
+            return None
         heads = network.num_heads if isinstance(network, RIDE) else 4
-        return insert_plug_in(network, self.plug_in, num_heads=heads)
+        return insert_from_settings(network, self.batchformer, num_heads=heads)
 
-    def _load_teachers(self) -> list[nn.Module]:
-        if self.stage.teacher is None:
-            return []
-        return [load_network(self.stage.teacher).network.requires_grad_(False)]
+    def prepare(self) -> None:
+        """Make the loss, and load the teacher."""
+        loss, counts = self.loss_settings, torch.tensor(self.facts.counts)
+        self.criterion = build_loss(loss.name, counts, **loss.settings)
+        teachers = [] if self.teacher is None else [load_network(self.teacher).network.requires_grad_(False)]
+        self.teachers: list[nn.Module] = teachers  # a list: no part of this module, neither trained nor saved
 
-    # ---------------------------------------------------------------- steps
-
-    def forward(self, *inputs: Any) -> Any:
-        """What the network returns."""
-        return cast(nn.Module, self.network)(*inputs)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Make dropout a function of (seed, epoch, batch): a resumed run draws what an uninterrupted one drew."""
-        torch.manual_seed(derive_seed(self.seed, 2, self.current_epoch, batch_idx, self.global_rank))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The mean of both streams' losses (or the one stream's)."""
+    def run(self, batch: Any) -> Any:
+        """Pass the images through the network, or both views and the targets, which PaCo needs in training."""
         images, targets = batch
-        if isinstance(images, list | tuple):
-            images, second = (self._format(view) for view in images)
-            loss = self._loss(self(images, second, targets), targets, images)
-        else:
-            images = self._format(images)
-            loss = self._loss(self(images), targets, images)
-        if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(
-                f"Expected a finite loss, got {loss.item()} in epoch {self.current_epoch}, batch {batch_idx}. "
-                f"{DIVERGED}"
-            )
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(targets), sync_dist=True)
-        return loss
+        if not isinstance(images, list | tuple):
+            return self.network(self.formatted(images))
+        first, second = (self.formatted(view) for view in images)
+        return self.network(first, second, targets)
 
-    def _loss(self, outputs: Any, targets: Tensor, images: Tensor) -> Tensor:
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        """Return the weighted mean of both streams' losses, or the loss of the one stream."""
+        images, targets = batch
         if isinstance(outputs, RoutingOutput):
             return routing(outputs.help_logits, outputs.logits, targets)
-        extra: dict[str, Any] = {}
-        if isinstance(self.criterion, RIDELoss):
-            for teacher in self.teachers:
-                with torch.no_grad():
-                    extra["teacher_logits"] = teacher.to(self.device)(images)
+        more: dict[str, Tensor] = {}
+        for teacher in self.teachers:
+            with torch.no_grad():
+                more["teacher_logits"] = teacher.to(self.device)(self.formatted(images))
+        criterion = partial(self.criterion, epoch=self.stage_epoch, **more)
+        return loss_of_streams(criterion, outputs, targets, self.handle, self.batchformer.stream_weights)
 
-        def criterion(rows: Any, rows_targets: Tensor) -> Tensor:
-            return cast(Tensor, self.criterion(rows, rows_targets, self.current_epoch, **extra))
+    def build_metrics(self, split: str) -> LongTailMetrics:
+        """Return the metrics of a split; routed experts also count how many of them are asked."""
+        metrics = RoutedMetrics if self.stage.name == "routing" else LongTailMetrics
+        return metrics(len(self.facts.classes), self.facts.groups)
 
-        if self.handle is None:
-            return criterion(outputs, targets)
-        weights = self.plug_in.stream_weights
-        if isinstance(outputs, PaCoOutput):
-            # The queries and logits have both streams, the keys only one.
-            return self.handle.loss(
-                lambda anchors, rows: criterion(outputs.with_anchors(*anchors), rows), outputs.anchors, targets, weights
-            )
-        return self.handle.loss(criterion, outputs, targets, weights)
+    def update_metrics(self, metric: Any, outputs: Any, batch: Any, split: str) -> None:
+        """Add a batch of logits, the mean of several experts'."""
+        logits = final_logits(outputs)
+        self.require_finite(logits, split)
+        routed = isinstance(outputs, RoutedOutput)
+        metric.update(logits, batch[1], *([outputs.experts_used / len(self.network.network.experts)] if routed else []))
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Update the validation metrics."""
-        self._evaluate(batch, "val")
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the network."""
+        return {"network": asdict(self.network_settings)}
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Update the test metrics and the time for each image."""
-        start = time.perf_counter()
-        self._evaluate(batch, "test")
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.test_seconds += time.perf_counter() - start
-        self.test_images += len(batch[1])
-
-    def _evaluate(self, batch: Any, split: str) -> None:
-        images, targets = batch
-        outputs = self(self._format(images))
-        if isinstance(outputs, RoutedOutput):
-            share = outputs.experts_used / len(cast(RoutedExperts, self.network).network.experts)
-            self.log(f"{split}_share_of_experts_used", share, batch_size=len(targets), sync_dist=True)
-            outputs = outputs.logits
-        logits = outputs.mean(dim=1) if outputs.dim() == 3 else outputs
-        if not bool(torch.isfinite(logits).all()):
-            raise FloatingPointError(f"Expected finite logits of the {split} images, got others. {DIVERGED}")
-        self.metrics[split].update(logits, targets)  # type: ignore[operator]
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation metrics."""
-        self._log_metrics("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the test metrics and keep the accuracy of each class."""
-        self._log_metrics("test")
-
-    def _log_metrics(self, split: str) -> None:
-        metric = cast(LongTailMetrics, self.metrics[split])
-        values = metric.compute()
-        metric.reset()
-        self.per_class = values.pop("per_class").tolist()
-        # The same on every rank; averaging them changes nothing, and Lightning asks for it.
-        self.log_dict({f"{split}_{name}": value.float() for name, value in values.items()}, sync_dist=True)
-
-    def class_results(self) -> list[ClassResult]:
-        """The accuracy of each class."""
-        facts = cast(DataFacts, self.facts)
-        return [ClassResult(*entry) for entry in zip(facts.classes, facts.counts, self.per_class, strict=True)]
-
-    def notes(self) -> list[str]:
-        """Which classes count as many, medium and few."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        return [
-            f"Many: classes with more than {data.many_over} training images; few: with fewer than {data.few_under}; "
-            "medium: the others. Each group's value is the mean over its classes."
-        ]
-
-    @staticmethod
-    def not_comparable(setting: Callable[[str], Any]) -> str | None:
-        """A second stage has no arms."""
-        if setting("model.stage.second") is None:
+    @classmethod
+    def not_comparable(cls, setting: Callable[[str], Any]) -> str | None:
+        """Return the reason why stages without the stage train cannot be compared."""
+        names = [stage["name"] for stage in setting("stages") or ()]
+        if not names or "train" in names:
             return None
-        return "a second stage trains no BatchFormer, so that all arms are alike"
+        return f"BatchFormer is not trained in the stage {' or '.join(names)}, so every arm would be identical"
 
-    def _format(self, images: Tensor) -> Tensor:
-        if self.channels_last or (self.channels_last is None and "bf16" in str(self.trainer.precision)):
-            return images.contiguous(memory_format=torch.channels_last)
-        return images
-
-    # ---------------------------------------------------------------- optimization
-
-    def configure_optimizers(self) -> Any:
-        """SGD or AdamW with the module's own multipliers; the schedule steps with every batch."""
-        settings = self.optimizer_settings
-        own = self.handle is not None
-        groups = param_groups(
-            cast(nn.Module, self.network),
-            settings.lr,
-            batchformer_lr_mult=self.plug_in.lr_mult if own else 1.0,
-            weight_decay=settings.weight_decay,
-            batchformer_weight_decay_mult=self.plug_in.weight_decay_mult if own else 1.0,
-            decay_norm_and_bias=settings.decay_norm_and_bias,
-        )
-        return optimization(groups, settings, self.trainer)
-
-    def configure_callbacks(self) -> list[Callback]:
-        """The moving average, where it is asked for."""
-        return [] if self.ema is None else [MovingAverage(decay=self.ema)]
-
-    # ---------------------------------------------------------------- saving
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what it takes to build the plain network again: plain types, loadable weights-only."""
-        checkpoint["longtail"] = {
-            "network": asdict(self.network_settings),
-            "second": self.stage.second,
-            "data": asdict(cast(DataFacts, self.facts)),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on with other data: the rest of a run would not be that run.
-
-        Raises:
-            ValueError: When classes or counts differ from those that the run was started with.
-        """
-        before, now = checkpoint["longtail"]["data"], asdict(cast(DataFacts, self.facts))
-        for key, what in (("classes", "classes"), ("counts", "training images of each class")):
-            if before[key] != now[key]:
-                raise ValueError(
-                    f"Expected the data that this run was trained on, but the {what} have changed. Bring it back, or "
-                    "start another run."
-                )
+    @classmethod
+    def translate_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return settings of an earlier version, which had ``model.stage``, in today's terms."""
+        return translate(settings)
