@@ -1,4 +1,4 @@
-"""The CPU's own dropout and tiled attention, mask by mask: what the rates in test_functional.py cannot see."""
+"""The CPU's own dropout and tiled attention, by their rates and mask by mask."""
 
 import math
 from typing import Any
@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchformer.core import functional
+from batchformer.core import cpu_kernels
 from batchformer.core.cpu_kernels import dropout
-from batchformer.core.functional import attend_over_batch
+from batchformer.core.functional import attend_over_batch, attention_allowed
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,33 @@ def test_dropout_elements_and_lanes_are_independent(p: float) -> None:
 
 
 @pytest.mark.usefixtures("no_torch_dropout")
+@pytest.mark.parametrize("p", [0.5, 0.25, 0.1, 0.9, 1 / 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_dropout_keeps_the_rate_and_the_mean(p: float, dtype: torch.dtype) -> None:
+    n = 400_003  # no multiple of the lanes
+    out = dropout(torch.ones(n, dtype=dtype), p)
+    kept = (out != 0).double()
+    assert abs(float(kept.mean()) - (1 - p)) < 5 * math.sqrt(p * (1 - p) / n) + 2**-16
+    exact = torch.full((int(kept.sum()),), 1 / (1 - p), dtype=torch.float64)
+    torch.testing.assert_close(out[out != 0].double(), exact, rtol=1e-2, atol=0)
+
+
+def test_dropout_at_its_ends() -> None:
+    x = torch.randn(20_000)
+    assert dropout(x, 0.0) is x
+    assert (dropout(x, 1.0) == 0).all()
+
+
+def test_dropout_follows_the_seed() -> None:
+    x = torch.ones(20_000)
+    torch.manual_seed(5)
+    first, second = dropout(x, 0.5), dropout(x, 0.5)
+    assert not torch.equal(first, second)
+    torch.manual_seed(5)
+    assert torch.equal(dropout(x, 0.5), first)
+
+
+@pytest.mark.usefixtures("no_torch_dropout")
 @pytest.mark.parametrize("p", [0.5, 0.1])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_dropout_gradient_uses_the_same_mask(p: float, inplace: bool) -> None:
@@ -89,13 +116,13 @@ def test_small_tensors_take_torchs_random_numbers() -> None:
 def masks(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The dropout masks in the order they were drawn."""
     drawn: list[Tensor] = []
-    draw = functional._keep_mask
+    draw = cpu_kernels._draw_keep_mask
 
     def record(*args: Any) -> Tensor:
         drawn.append(draw(*args))
         return drawn[-1]
 
-    monkeypatch.setattr(functional, "_keep_mask", record)
+    monkeypatch.setattr(cpu_kernels, "_draw_keep_mask", record)
     return drawn
 
 
@@ -103,7 +130,7 @@ def assemble(masks: list[Tensor], heads_first: Tensor) -> Tensor:
     """Put the masks of the tiles together to one of all attention weights, (T, H, N, M)."""
     T, H, N, _ = heads_first.shape
     whole = torch.full((T, H, N, N), torch.nan, dtype=torch.float64)
-    for (queries, _), mask in zip(functional._tiles(heads_first, N), masks, strict=True):
+    for (queries, _), mask in zip(cpu_kernels._tiles(heads_first, N), masks, strict=True):
         whole[queries] = mask
     return whole
 
@@ -113,7 +140,7 @@ def masks_of_seen(kind: str, n: int, t: int) -> Tensor | None:
         return None
     if kind == "self":  # a mask of another form: one for each query
         return torch.eye(n, dtype=torch.bool)[None, None]
-    return functional.attention_allowed(torch.rand(n, t) < 0.4)
+    return attention_allowed(torch.rand(n, t) < 0.4)
 
 
 @pytest.mark.parametrize("seen", ["all", "padding", "self"])
@@ -125,8 +152,8 @@ def masks_of_seen(kind: str, n: int, t: int) -> Tensor | None:
 def test_tiles_equal_the_whole(
     monkeypatch: pytest.MonkeyPatch, masks: list[Tensor], n: int, t: int, tile: int, seen: str
 ) -> None:
-    monkeypatch.setattr(functional, "_TILE", tile)
-    monkeypatch.setattr(functional, "_SMALL", 1)
+    monkeypatch.setattr(cpu_kernels, "_TILE", tile)
+    monkeypatch.setattr(cpu_kernels, "_SMALL", 1)
     q, k, v = (random(n, t, 8, grad=True) for _ in range(3))
     allowed = masks_of_seen(seen, n, t)
     out = attend_over_batch(q, k, v, 2, drop=0.3, allowed=allowed)
@@ -149,12 +176,20 @@ def test_tiles_equal_the_whole(
 
 
 def test_tiles_with_more_keys_than_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "_TILE", 400)
-    monkeypatch.setattr(functional, "_SMALL", 1)
+    monkeypatch.setattr(cpu_kernels, "_TILE", 400)
+    monkeypatch.setattr(cpu_kernels, "_SMALL", 1)
     q, k, v = random(20, 2, 8), random(51, 2, 8), torch.ones(51, 2, 8, dtype=torch.float64)
     drop_nothing = attend_over_batch(q, k, v, 2, drop=1e-9, allowed=None)  # rounded up to 1/65536
     torch.testing.assert_close(drop_nothing, torch.ones_like(drop_nothing), rtol=0.2, atol=0)
     assert drop_nothing.shape == (20, 2, 8)
+
+
+def test_tiles_drop_weights_at_the_rate() -> None:
+    """With equal scores and values of one, an output is the share of weights kept, over the rate."""
+    zeros, ones = torch.zeros(300, 1, 4), torch.ones(300, 1, 4)
+    out = attend_over_batch(zeros, zeros, ones, 1, drop=0.25, allowed=None)
+    assert abs(float(out.mean()) - 1) < 0.01
+    assert 0.01 < float(out[:, 0, 0].std()) < 0.06  # sqrt(p / (1 - p) / 300) = 0.033: independent draws
 
 
 def test_dropout_in_tiles_is_unbiased() -> None:

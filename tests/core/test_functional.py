@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from batchformer import BatchFormer
-from batchformer.core import functional
+from batchformer.core import cpu_kernels, functional
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*batch of one sample")
 SHAPES = [(6, 8), (5, 3, 8), (1, 2, 8), (2, 4, 8)]
@@ -134,7 +134,7 @@ def test_self_attention_is_linear_in_the_batch(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("drop", [0.0, 0.5, 0.1])
 def test_equals_torchs_layer_in_values_and_gradients(shape: tuple[int, ...], drop: float) -> None:
     """With dropout too, under the same seed, at the sizes where torch's own dropout is used."""
-    if drop and math.prod(shape) * shape[0] >= functional._SMALL:
+    if drop and math.prod(shape) * shape[0] >= cpu_kernels._SMALL:
         pytest.skip("above this size the random numbers are our own")
     module = layer(drop=drop)
     like = torchs(module)
@@ -183,98 +183,7 @@ def test_padding_leaks_nothing_and_a_position_of_padding_alone_gives_no_nan() ->
     assert not torch.allclose(module.eval().mix(x)[~padding], module.mix(other)[~padding])
 
 
-# ---------------------------------------------------------------- dropout of large tensors
-
-
-@pytest.mark.parametrize("p", [0.5, 0.25, 0.1, 0.9, 1 / 256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_dropout_keeps_the_rate_and_the_mean(p: float, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    n = 400_003  # no multiple of the lanes
-    out = functional.dropout(torch.ones(n, dtype=dtype), p)
-    assert out.dtype == dtype
-    kept = (out != 0).double()
-    spread = math.sqrt(p * (1 - p) / n)
-    assert abs(float(kept.mean()) - (1 - p)) < 5 * spread + 2**-16
-    exact = 1 / (1 - p)
-    torch.testing.assert_close(
-        out[out != 0].double(), torch.full((int(kept.sum()),), exact).double(), rtol=1e-2, atol=0
-    )
-    for lag in (1, 2, 4, 7, 8, 16):  # neighbours, and neighbours of one 64-bit draw, are independent
-        both = float((kept[lag:] * kept[:-lag]).mean())
-        assert abs(both - (1 - p) ** 2) < 6 / math.sqrt(n), lag
-    for lane in range(8):
-        assert abs(float(kept[lane::8].mean()) - (1 - p)) < 6 * spread * math.sqrt(8) + 2**-16, lane
-
-
-def test_dropout_at_its_ends() -> None:
-    x = torch.randn(20_000)
-    assert functional.dropout(x, 0.0) is x
-    assert (functional.dropout(x, 1.0) == 0).all()
-
-
-def test_dropout_zeroes_the_same_elements_in_the_gradient() -> None:
-    x = torch.ones(200, 100, requires_grad=True)
-    out = functional.dropout(x, 0.5)
-    out.sum().backward()
-    assert torch.equal(out.detach(), x.grad)
-
-
-def test_dropout_follows_the_seed() -> None:
-    x = torch.ones(20_000)
-    torch.manual_seed(5)
-    first, second = functional.dropout(x, 0.5), functional.dropout(x, 0.5)
-    assert not torch.equal(first, second)
-    torch.manual_seed(5)
-    assert torch.equal(functional.dropout(x, 0.5), first)
-
-
-# ---------------------------------------------------------------- attention in tiles
-
-
-def with_masks_of_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "_keep_mask", lambda like, p, generator=None: torch.ones_like(like))
-
-
-@pytest.mark.parametrize("shape", [(40, 3, 8), (64, 1, 8), (2, 500, 8), (7, 31, 8)])
-@pytest.mark.parametrize("tile", [64, 1000, 2**18])
-@pytest.mark.parametrize("masked", [False, True])
-def test_tiles_equal_the_whole(
-    shape: tuple[int, int, int], tile: int, masked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Values and gradients, with dropout that keeps everything."""
-    with_masks_of_ones(monkeypatch)
-    monkeypatch.setattr(functional, "_TILE", tile)
-    monkeypatch.setattr(functional, "_SMALL", 1)
-    N, T, _ = shape
-    padding = torch.rand(N, T, generator=torch.Generator().manual_seed(0)) < 0.3 if masked else None
-    allowed = functional.attention_allowed(padding) if padding is not None else None
-    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    results = []
-    for drop in (0.5, 0.0):
-        out = functional.attend_over_batch(*inputs, 2, drop=drop, allowed=allowed)
-        results.append((out, *torch.autograd.grad(out.cos().sum(), inputs)))
-    for tiled, whole in zip(*results, strict=True):
-        torch.testing.assert_close(tiled, whole, rtol=1e-10, atol=1e-10)
-
-
-def test_tiles_drop_the_same_weights_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The output is linear in the values: value times gradient gives the output back only under one mask."""
-    monkeypatch.setattr(functional, "_TILE", 500)
-    q, k = torch.randn(2, 60, 4, 8, dtype=torch.float64).unbind(0)
-    v = torch.randn(60, 4, 8, dtype=torch.float64, requires_grad=True)
-    out = functional.attend_over_batch(q, k, v, 2, drop=0.5, allowed=None)
-    (gradient,) = torch.autograd.grad(out.sum(), v)
-    torch.testing.assert_close((gradient * v).sum(), out.sum())
-
-
-def test_tiles_drop_weights_at_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With equal scores and values of one, an output is the share of weights kept, over the rate."""
-    torch.manual_seed(0)
-    zeros, ones = torch.zeros(300, 1, 4), torch.ones(300, 1, 4)
-    out = functional.attend_over_batch(zeros, zeros, ones, 1, drop=0.25, allowed=None)
-    assert abs(float(out.mean()) - 1) < 0.01
-    assert 0.01 < float(out[:, 0, 0].std()) < 0.06  # sqrt(p / (1 - p) / 300) = 0.033: independent draws
+# ---------------------------------------------------------------- half precision, memory
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

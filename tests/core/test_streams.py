@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from batchformer import expand, split, stream_loss
-from batchformer.core.streams import looks_class_sorted
 
 Pair = namedtuple("Pair", ["logits", "boxes"])
 
@@ -116,11 +115,3 @@ def test_equal_streams_give_a_plain_runs_loss() -> None:
     logits, labels = torch.randn(5, 4), torch.arange(5) % 4
     doubled = stream_loss(F.cross_entropy, expand(logits), labels, two_streams=True)
     torch.testing.assert_close(doubled, F.cross_entropy(logits, labels))
-
-
-@pytest.mark.parametrize(
-    ("labels", "expected"),
-    [([0, 0, 1, 1], True), ([2, 2, 2], True), ([0, 1, 2, 3], False), ([1, 0, 1, 0], False), ([0, 0], False)],
-)
-def test_class_sorted(labels: list[int], expected: bool) -> None:
-    assert looks_class_sorted(torch.tensor(labels)) is expected

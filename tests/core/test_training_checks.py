@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from batchformer import BatchFormer, BatchFormerWarning, insert
-from batchformer.core import training_checks as notices
+from batchformer import BatchFormer, BatchFormerWarning
+from batchformer.core import training_checks
 
 C = 4
 ABSENT = "gets gradients but no optimizer holds its parameters"
@@ -67,14 +67,6 @@ def test_an_optimizer_of_another_model_is_silent() -> None:
     steps(other, optimizer)
 
 
-def test_each_module_is_told_of_by_its_place() -> None:
-    net = nn.Sequential(nn.Linear(C, C), nn.Linear(C, 2))
-    handle = insert(net, before="1")
-    optimizer = SGD([p for name, p in net.named_parameters() if "batchformer" not in name], lr=0.1)
-    with pytest.warns(BatchFormerWarning, match=rf"BatchFormer \(.*{handle.places[0]}.*\) {ABSENT}"):
-        steps(net, optimizer)
-
-
 def test_a_copy_warns_for_itself() -> None:
     net = Net()
     steps(net, SGD(net.parameters(), lr=0.1), times=1)
@@ -97,15 +89,14 @@ def test_frozen_on_purpose_or_in_part_is_silent() -> None:
     partly = BatchFormer(C)
     partly.layers[0].norm1.requires_grad_(False)
     partly(torch.randn(3, C))
-    BatchFormer(C, attend="nothing")(torch.randn(3, C))  # has none
 
 
 def test_watching_keeps_no_module_alive() -> None:
     gc.collect()
-    before = len(notices._unclaimed)
+    before = len(training_checks._unclaimed)
     module = BatchFormer(C)
     module(torch.randn(3, C))
-    assert len(notices._unclaimed) == before + 1
+    assert len(training_checks._unclaimed) == before + 1
     del module
     gc.collect()
-    assert len(notices._unclaimed) == before
+    assert len(training_checks._unclaimed) == before

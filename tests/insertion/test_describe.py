@@ -38,7 +38,7 @@ def test_shared_and_own_weights() -> None:
     insert(model, after=["0", "2"])
     found = describe(model)
     assert "after '0', after '2': dim 8" in found.lines[0]
-    assert "weights shared by 2 places" in found.lines[0]
+    assert "weights shared by 2 points" in found.lines[0]
     assert "through '4'" in found.lines[1]
     assert found.parameters == OWN
     model = net()
@@ -55,9 +55,6 @@ def test_what_is_unusual_is_said() -> None:
     found = str(describe(model))
     assert "single_stream, attend='self', gather='all'" in found
     assert "the N mixed rows alone" in found
-    model = net()
-    insert(model, before="4", attend="nothing")
-    assert "dim 8, dropout 0.5 alone, two_stream" in str(describe(model))
     model = nn.Sequential(nn.Conv2d(3, 8, 1))
     insert(model, after="0", layout="BCHW")
     found = str(describe(model))

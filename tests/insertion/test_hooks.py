@@ -1,4 +1,4 @@
-"""What happens at the points of insertion in a forward pass: rows, roles, companions, checkpointing."""
+"""Points of insertion in a forward pass: rows, roles, doubled inputs, checkpointing."""
 
 import contextlib
 import copy
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from batchformer import BatchFormer, BatchFormerWarning, describe, insert, remove
-from batchformer.insertion import locate as places_module
-from batchformer.insertion.locate import find_places
-from batchformer.insertion.plan import Plan
+from batchformer.insertion.adapters import ADAPTERS
+from batchformer.insertion.locate import find_points
+from batchformer.insertion.plan import InsertionPlan
 
 N, C = 5, 8
 
@@ -122,7 +122,7 @@ def test_a_point_that_never_runs_warns_once() -> None:
     insert(model, before="head")
     model.eval()(features())
     with pytest.warns(
-        BatchFormerWarning, match=r"\(before 'head'\) did nothing in training: .* take the weights"
+        BatchFormerWarning, match=r"\(before 'head'\) did nothing in training: .* use the weights directly"
     ) as told:
         assert model.train()(features()).shape == (N, 3)
     assert len(told) == 1
@@ -173,7 +173,7 @@ def test_parallel_branches_each_double() -> None:
 
     model = Experts()
     handle = insert(model, before="auto", drop=0.0)
-    assert [p.name for p in handle.places] == ["heads.0", "heads.1", "heads.2"]
+    assert [p.name for p in handle.points] == ["heads.0", "heads.1", "heads.2"]
     mix = torch_layer(handle.modules[0])
     x = features()
     x_trunk = model.trunk(x)
@@ -382,17 +382,17 @@ class Scorer(nn.Module):
 @pytest.fixture
 def _scorers_have_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = types.ModuleType("scorer_adapter")
-    adapter.plan = lambda model, places: Plan(places, {"": ("labels",)})  # type: ignore[attr-defined]
-    adapter.find_classifier = lambda model: Plan(  # type: ignore[attr-defined]
-        find_places(model, "head", "before").places, {"": ("labels",)}
+    adapter.plan = lambda model, points: InsertionPlan(points, {"": ("labels",)})  # type: ignore[attr-defined]
+    adapter.find_classifier = lambda model: InsertionPlan(  # type: ignore[attr-defined]
+        find_points(model, "head", "before"), {"": ("labels",)}
     )
     monkeypatch.setitem(sys.modules, "scorer_adapter", adapter)
-    monkeypatch.setitem(places_module.ADAPTERS, Scorer.__module__.partition(".")[0], "scorer_adapter")
+    monkeypatch.setitem(ADAPTERS, Scorer.__module__.partition(".")[0], "scorer_adapter")
 
 
 @pytest.mark.usefixtures("_scorers_have_an_adapter")
 @pytest.mark.parametrize("points", [["auto"], ["auto", "trunk"]], ids=["one insertion", "two insertions"])
-def test_companions_are_doubled_once(points: list[str]) -> None:
+def test_named_inputs_are_doubled_once(points: list[str]) -> None:
     model = Scorer()
     handles = [insert(model, before=point, drop=0.0) for point in points]
     x, labels = torch.randn(N, C), torch.randint(3, (N,))

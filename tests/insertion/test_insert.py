@@ -1,6 +1,7 @@
 """insert() and remove(): what is refused, what is registered, what comes back, what is warned about."""
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from batchformer import BatchFormer, BatchFormerWarning, describe, insert, remove
+from batchformer.insertion.handle import looks_class_sorted
 
 N, C = 6, 8
 
@@ -58,7 +60,7 @@ def test_neither_or_both_sides_are_refused() -> None:
 def test_a_name_that_matches_nothing_is_refused_and_nothing_changes() -> None:
     model = Net()
     keys = list(model.state_dict())
-    with pytest.raises(ValueError, match=r"nothing matches 'haed'. Near to it: \['head'"):
+    with pytest.raises(ValueError, match=r"nothing matches 'haed'. The nearest names are \['head'"):
         insert(model, before=["stem", "haed"])
     assert list(model.state_dict()) == keys
     assert model(images()).shape == (N, 3)
@@ -69,7 +71,7 @@ def test_twice_at_one_place_is_refused(second: str | list[str]) -> None:
     model = Net()
     insert(model, before="head")
     with pytest.raises(
-        ValueError, match=r"Expected a free place, but there is a BatchFormer before 'head'. remove\(\)"
+        ValueError, match=r"Expected a free point, but there is a BatchFormer before 'head'. remove\(\)"
     ):
         insert(model, before=second)
     assert model(images()).shape == (2 * N, 3)
@@ -78,7 +80,7 @@ def test_twice_at_one_place_is_refused(second: str | list[str]) -> None:
 def test_twice_on_a_sequential_is_refused() -> None:
     model = net()
     insert(model, before="auto")
-    with pytest.raises(ValueError, match="Expected a free place, but there is a BatchFormer before '4'"):
+    with pytest.raises(ValueError, match="Expected a free point, but there is a BatchFormer before '4'"):
         insert(model, before="auto")
 
 
@@ -148,20 +150,23 @@ def test_arguments_of_the_layer() -> None:
     model = Net()
     with pytest.raises(ValueError, match="Expected num_heads to divide dim, got dim=8 and num_heads=3"):
         insert(model, before="head", num_heads=3)
-    for arguments, hint in (
-        ({"heads": 3}, "Did you mean num_heads"),
-        ({"dropp": 0.1}, "Did you mean drop"),
-        ({"befor": "head"}, "Did you mean before"),
-        ({"foo": 7}, "It takes model, before, after, .*num_heads"),
-        ({"layer": {}}, "Did you mean layers"),
-    ):
-        with pytest.raises(TypeError, match=rf"insert\(\) has no argument '{next(iter(arguments))}'. {hint}"):
-            insert(model, **{"before": "head", **arguments})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'heads'"):
+        insert(model, before="head", heads=3)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="control 'duplicate' of a comparison"):
+        insert(model, before="head", attend="nothing")  # type: ignore[arg-type]
     module = insert(model, before="head", num_heads=2, mlp_ratio=2.0, layers=2, drop=0.1).modules[0]
     assert (module.num_heads, len(module.layers), module.drop) == (2, 2, 0.1)
     insert(model, after="stem", dim=12)
     with pytest.raises(ValueError, match=r"Expected features of shape \(N, 12\) .* got \(6, 8\)"):
         model(images())
+
+
+def test_the_signature_names_every_argument_of_the_module() -> None:
+    """With its defaults, so that editors and type checkers see them; `dim` may be read from the model."""
+    ours, theirs = (inspect.signature(what).parameters for what in (insert, BatchFormer))
+    assert ours["dim"].default is None
+    for name in theirs.keys() - {"dim"}:
+        assert ours[name].default == theirs[name].default, name
 
 
 # --- what is registered
@@ -203,7 +208,7 @@ def test_device_type_and_mode_follow_the_model() -> None:
 
 
 @pytest.mark.parametrize("places", [{"before": "4"}, {"after": "0"}, {"after": ["0", "2"], "share": False}])
-def test_a_sequential_root_does_not_run_its_passenger(places: dict[str, object]) -> None:
+def test_a_sequential_root_returns_its_input_from_the_holder(places: dict[str, object]) -> None:
     model = net()
     x = images()
     plain = model(x)
@@ -215,6 +220,12 @@ def test_a_sequential_root_does_not_run_its_passenger(places: dict[str, object])
 
 
 # --- what the handle answers
+
+
+def test_the_old_name_of_the_points_still_works() -> None:
+    handle = insert(Net(), before="head")
+    with pytest.warns(DeprecationWarning, match="use Handle.points"):
+        assert handle.places == handle.points
 
 
 def test_expand_split_and_loss_follow_the_mode() -> None:
@@ -309,10 +320,10 @@ def test_a_module_put_there_by_hand_stays() -> None:
 # --- evaluate_in_batch
 
 
-@pytest.mark.parametrize("layer", [{}, {"attend": "nothing"}, {"layers": 2}], ids=["usual", "dropout alone", "deep"])
-def test_evaluate_in_batch_is_plain_and_undisturbed_by_dropout(layer: dict[str, object]) -> None:
+@pytest.mark.parametrize("layers", [1, 2])
+def test_evaluate_in_batch_is_plain_and_undisturbed_by_dropout(layers: int) -> None:
     model = Net()
-    handle = insert(model, before="head", drop=0.9, **layer)
+    handle = insert(model, before="head", drop=0.9, layers=layers)
     x, labels = images(), torch.tensor([0, 2, 1, 0, 1, 2])
     with pytest.raises(RuntimeError, match=r"Expected a model in eval\(\)"):
         handle.evaluate_in_batch(x, labels=labels)
@@ -320,9 +331,8 @@ def test_evaluate_in_batch_is_plain_and_undisturbed_by_dropout(layer: dict[str, 
     plain, mixed = handle.evaluate_in_batch(x, labels=labels)
     assert plain.equal(expected) or torch.allclose(plain, expected)
     assert mixed.equal(handle.evaluate_in_batch(x, labels=labels)[1])
-    assert mixed.allclose(plain) == ("attend" in layer)
+    assert not mixed.allclose(plain)
     assert model(x).equal(expected)
-    assert handle.modules[0].drop == 0.9
 
 
 def test_evaluate_in_batch_warns_about_sorted_classes_and_survives_errors() -> None:
@@ -337,7 +347,15 @@ def test_evaluate_in_batch_warns_about_sorted_classes_and_survives_errors() -> N
     assert not handle.modules[0].training
 
 
-# --- warnings
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [([0, 0, 1, 1], True), ([2, 2, 2], True), ([0, 1, 2, 3], False), ([1, 0, 1, 0], False), ([0, 0], False)],
+)
+def test_class_sorted(labels: list[int], expected: bool) -> None:
+    assert looks_class_sorted(torch.tensor(labels)) is expected
+
+
+# --- warnings: by the points of insertion; when they are given at all is in tests/core/test_training_checks.py
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, n: int = N) -> None:
@@ -370,34 +388,3 @@ def test_absent_from_the_optimizer_warns_once_by_name() -> None:
     with only_once("BatchFormer (after 'stem', after 'blocks.1') gets gradients but no optimizer holds"):
         for _ in range(5):
             step(model, optimizer)
-
-
-def test_two_optimizers_in_turn_do_not_warn() -> None:
-    model = Net()
-    handle = insert(model, before="head")
-    own = {id(p) for p in handle.modules[0].parameters()}
-    network = torch.optim.SGD([p for p in model.parameters() if id(p) not in own], lr=0.1)
-    module = torch.optim.AdamW(handle.modules[0].parameters(), lr=0.1)
-    for _ in range(4):
-        step(model, network)
-        step(model, module)
-
-
-def test_an_optimizer_of_another_model_does_not_warn() -> None:
-    model, other = Net(), Net()
-    insert(model, before="head")
-    optimizer, others = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other))
-    for _ in range(4):
-        step(other, others)
-        step(model, optimizer)
-        step(other, others)
-
-
-def test_a_batch_of_one_sample_warns_once() -> None:
-    model = Net()
-    insert(model, before="head")
-    with only_once("BatchFormer (before 'head') got a batch of one sample"):
-        for n in (1, 4, 1, 1):
-            model(images(n))
-    model.eval()
-    model(images(1))

@@ -1,4 +1,4 @@
-"""Finding modules by name, the classifier of a model that no adapter knows, and the width at a place."""
+"""Finding modules by name, the classifier of a model that no adapter knows, and the width at a point."""
 
 import subprocess
 import sys
@@ -8,9 +8,10 @@ import pytest
 from torch import nn
 
 from batchformer import BatchFormer, insert
-from batchformer.insertion import locate as places
-from batchformer.insertion.locate import adapter_of, find_classifier, find_places, last_linear, width_of
-from batchformer.insertion.plan import Place
+from batchformer.insertion import adapters
+from batchformer.insertion.adapters import adapter_of, find_classifier
+from batchformer.insertion.locate import find_points, last_linear, width_of
+from batchformer.insertion.plan import InsertionPoint
 
 
 def tower() -> nn.Module:
@@ -25,11 +26,11 @@ def tower() -> nn.Module:
 
 
 def test_wildcards_stand_for_one_part_of_a_name() -> None:
-    found = find_places(tower(), "blocks.*", "after").places
-    assert [str(place) for place in found] == [f"after 'blocks.{i}'" for i in range(12)]
-    inner = find_places(tower(), "blocks.*.1", "after").places
-    assert [place.name for place in inner] == [f"blocks.{i}.1" for i in range(12)]
-    assert [place.name for place in find_places(tower(), "blocks.1*", "before").places] == [
+    found = find_points(tower(), "blocks.*", "after")
+    assert [str(point) for point in found] == [f"after 'blocks.{i}'" for i in range(12)]
+    inner = find_points(tower(), "blocks.*.1", "after")
+    assert [point.name for point in inner] == [f"blocks.{i}.1" for i in range(12)]
+    assert [point.name for point in find_points(tower(), "blocks.1*", "before")] == [
         "blocks.1",
         "blocks.10",
         "blocks.11",
@@ -38,31 +39,31 @@ def test_wildcards_stand_for_one_part_of_a_name() -> None:
 
 def test_a_dot_is_a_dot() -> None:
     with pytest.raises(ValueError, match="nothing matches 'blocks0'"):
-        find_places(tower(), "blocks0", "after")
+        find_points(tower(), "blocks0", "after")
 
 
-def test_places_come_in_the_order_of_the_model_and_once() -> None:
-    found = find_places(tower(), ["head", "blocks.3", "blocks.0", "blocks.3"], "before").places
-    assert [place.name for place in found] == ["blocks.0", "blocks.3", "head"]
+def test_points_come_in_the_order_of_the_model_and_once() -> None:
+    found = find_points(tower(), ["head", "blocks.3", "blocks.0", "blocks.3"], "before")
+    assert [point.name for point in found] == ["blocks.0", "blocks.3", "head"]
 
 
-def test_a_module_with_two_names_is_one_place() -> None:
+def test_a_module_with_two_names_is_one_point() -> None:
     model = tower()
     model["copy"] = model["head"]
-    assert [p.name for p in find_places(model, "copy", "before").places] == ["head"]
-    assert [p.name for p in find_places(model, ["copy", "head"], "before").places] == ["head"]
-    assert [p.name for p in find_places(model, "*", "before").places] == ["stem", "blocks", "norm", "head"]
+    assert [p.name for p in find_points(model, "copy", "before")] == ["head"]
+    assert [p.name for p in find_points(model, ["copy", "head"], "before")] == ["head"]
+    assert [p.name for p in find_points(model, "*", "before")] == ["stem", "blocks", "norm", "head"]
 
 
 def test_no_match_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"nothing matches 'haed'. Near to it: \['head'"):
-        find_places(tower(), "haed", "before")
-    with pytest.raises(ValueError, match=r"nothing matches 'blocks.12'. Near to it: \[.*'blocks.1"):
-        find_places(tower(), ["head", "blocks.12"], "before")
+    with pytest.raises(ValueError, match=r"nothing matches 'haed'. The nearest names are \['head'"):
+        find_points(tower(), "haed", "before")
+    with pytest.raises(ValueError, match=r"nothing matches 'blocks.12'. The nearest names are \[.*'blocks.1"):
+        find_points(tower(), ["head", "blocks.12"], "before")
     with pytest.raises(ValueError, match=r"nothing matches ''"):
-        find_places(tower(), "", "before")
+        find_points(tower(), "", "before")
     with pytest.raises(ValueError, match="at least one module name, got none"):
-        find_places(tower(), [], "before")
+        find_points(tower(), [], "before")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_no_match_names_the_nearest() -> None:
 )
 def test_the_last_linear(build: Callable[[], nn.Module], name: str) -> None:
     assert last_linear(build()) == name
-    assert find_classifier(build()).places == (Place(name, "before"),)
+    assert find_classifier(build()).points == (InsertionPoint(name, "before"),)
 
 
 class Heads(nn.Module):
@@ -127,6 +128,9 @@ class Parts(nn.Module):
         Heads(*(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 3)) for _ in range(2))),
         Heads(*(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in range(2))),
         Parts(b=nn.Linear(4, 8), coarse=nn.Linear(8, 5), norm=nn.LayerNorm(8), fine=nn.Linear(8, 3)),
+        # A hidden layer, or a coarse head with as many classes as channels.
+        Parts(b=nn.Linear(4, 8), stem=nn.Linear(8, 8), norm=nn.LayerNorm(8), head=nn.Linear(8, 3)),
+        Parts(images=nn.Linear(512, 10), texts=nn.Linear(256, 10)),
         Parts(b=nn.Linear(4, 8), heads=Parts(h1=nn.Linear(8, 8), h2=nn.Linear(8, 8))),
     ],
 )
@@ -143,7 +147,7 @@ def test_heads_that_could_be_a_chain_raise_with_the_candidates(model: nn.Module)
         (nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)), "2"),
         (Parts(fc1=nn.Linear(256, 120), fc2=nn.Linear(120, 84), fc3=nn.Linear(84, 10)), "fc3"),
         (Parts(body=nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8)), head=nn.Linear(8, 3)), "head"),
-        (Parts(stem=nn.Linear(8, 8), norm=nn.LayerNorm(8), head=nn.Linear(8, 3)), "head"),
+        (Parts(stem=nn.Conv2d(3, 8, 3), mlp=nn.Linear(8, 16), norm=nn.LayerNorm(16), head=nn.Linear(16, 3)), "head"),
         (
             Parts(
                 blocks=nn.ModuleList(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in range(3)),
@@ -165,6 +169,9 @@ def test_a_head_that_a_library_names_may_have_hidden_layers() -> None:
     assert last_linear(model, model.head) == "head.out"
     with pytest.raises(ValueError, match="'head.dense' may stand beside 'head.out'"):
         last_linear(model)
+    model = Parts(body=nn.Linear(4, 8), fc=Parts(coarse=nn.Linear(8, 5), fine=nn.Linear(8, 3)))
+    with pytest.raises(ValueError, match="'fc.coarse' may stand beside 'fc.fine'"):
+        last_linear(model, model.fc)
 
 
 def test_without_any_linear_other_places_are_named() -> None:
@@ -207,7 +214,7 @@ class Offers(Heads):
 def test_a_model_may_offer_its_classifiers(offer: Callable[[nn.Module], object], names: list[str]) -> None:
     model = Offers(nn.Linear(8, 3), nn.Linear(8, 3))
     model.offer = offer
-    assert [place.name for place in find_classifier(model).places] == names
+    assert [point.name for point in find_classifier(model).points] == names
 
 
 def test_an_offer_that_is_not_there_raises() -> None:
@@ -233,13 +240,13 @@ def test_an_offer_that_is_not_there_raises() -> None:
 )
 def test_width(module: nn.Module, before: int, after: int) -> None:
     model = nn.ModuleDict({"part": module})
-    assert width_of(model, Place("part", "before")) == before
-    assert width_of(model, Place("part", "after")) == after
+    assert width_of(model, InsertionPoint("part", "before")) == before
+    assert width_of(model, InsertionPoint("part", "after")) == after
 
 
 def test_a_width_that_no_module_tells() -> None:
-    with pytest.raises(ValueError, match=r"read the width after '0' off the model.*Pass dim="):
-        width_of(nn.Sequential(nn.ReLU()), Place("0", "after"))
+    with pytest.raises(ValueError, match=r"read the width after '0' from the model.*Pass dim="):
+        width_of(nn.Sequential(nn.ReLU()), InsertionPoint("0", "after"))
 
 
 def test_adapters_load_only_with_their_library() -> None:
@@ -254,5 +261,5 @@ def test_adapters_load_only_with_their_library() -> None:
 
 
 def test_a_class_derived_from_a_librarys_class_has_its_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "ADAPTERS", {"torch": "batchformer.insertion.locate"})
+    monkeypatch.setattr(adapters, "ADAPTERS", {"torch": "batchformer.insertion.locate"})
     assert adapter_of(Heads()) is sys.modules["batchformer.insertion.locate"]

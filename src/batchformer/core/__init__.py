@@ -1,4 +1,7 @@
-"""The method. Depends on torch alone; read functional, modules, streams and distributed in this order."""
+"""The method. It depends on torch alone.
+
+Read the files in this order: functional, cpu_kernels, streams, modules, distributed, training_checks.
+"""
 
 from .modules import BatchFormer
 from .streams import expand, split, stream_loss

@@ -20,13 +20,11 @@ class RankRows:
 
     Attributes:
         rows: Number of samples on each rank, in rank order.
-        rank: Number of the own rank within the group.
-        group: Process group; ``None`` is the default group.
+        rank: Number of the own rank.
     """
 
     rows: tuple[int, ...]
     rank: int
-    group: dist.ProcessGroup | None = None
 
     @property
     def offset(self) -> int:
@@ -40,16 +38,15 @@ class RankRows:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def exchange_rows(x: Tensor, *, masked: bool = False, group: dist.ProcessGroup | None = None) -> RankRows | None:
+def exchange_rows(x: Tensor, *, masked: bool = False) -> RankRows | None:
     """Tell every rank how many samples the other ranks hold.
 
-    A compiled model leaves its graph here and nowhere else, because it needs the numbers of the other ranks.
+    A compiled model leaves its graph here and nowhere else, as the numbers of the other ranks must be known.
 
     Args:
         x: Samples of the own rank, (N, T, C).
         masked: True if the samples come with a mask. The mask is gathered too, so a rank without one would make the
             others wait forever.
-        group: Process group; ``None`` is the default group.
 
     Returns:
         The numbers of samples, or ``None`` with a single process.
@@ -58,9 +55,9 @@ def exchange_rows(x: Tensor, *, masked: bool = False, group: dist.ProcessGroup |
         ValueError: On every rank alike, if any rank has no sample, or if the ranks differ in tokens, in channels or in
             having a mask.
     """
-    if _world_size(group) == 1:
+    if _world_size() == 1:
         return None
-    shapes = _exchange_numbers(torch.tensor([*x.shape, masked], device=x.device), group)
+    shapes = _exchange_numbers(torch.tensor([*x.shape, masked], device=x.device))
     rows = tuple(shape[0] for shape in shapes)
     if 0 in rows:
         raise ValueError(
@@ -77,7 +74,7 @@ def exchange_rows(x: Tensor, *, masked: bool = False, group: dist.ProcessGroup |
             f"Expected the same tokens and channels on every rank for gather='all', got {[s[1:3] for s in shapes]} by "
             "rank. Pad to one size, or use gather='none'."
         )
-    return RankRows(rows, dist.get_rank(group), group)
+    return RankRows(rows, dist.get_rank())
 
 
 @torch.no_grad()
@@ -94,10 +91,9 @@ def gather_rows(rows: Tensor) -> Tensor:
         >>> gather_rows(torch.tensor([1, 2]))
         tensor([1, 2])
     """
-    if _world_size(None) == 1:
+    if _world_size() == 1:
         return rows
-    counts = _exchange_numbers(torch.tensor([len(rows)], device=rows.device), None)
-    return _gather_padded(rows, [count for (count,) in counts], None)
+    return _gather_padded(rows, [n for (n,) in _exchange_numbers(torch.tensor([len(rows)], device=rows.device))])
 
 
 class _GatherRows(torch.autograd.Function):
@@ -106,31 +102,31 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: RankRows) -> Tensor:
         ctx.sizes = sizes
-        return _gather_padded(x, sizes.rows, sizes.group)
+        return _gather_padded(x, sizes.rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         sizes: RankRows = ctx.sizes
         total = grads[0].contiguous().clone()
         # A reduce-scatter would move less data, but it needs even sizes and not every backend has it.
-        dist.all_reduce(total, group=sizes.group)
+        dist.all_reduce(total)
         return total[sizes.offset : sizes.offset + sizes.rows[sizes.rank]], None
 
 
-def _world_size(group: dist.ProcessGroup | None) -> int:
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _exchange_numbers(own: Tensor, group: dist.ProcessGroup | None) -> list[tuple[int, ...]]:
-    every = [torch.empty_like(own) for _ in range(_world_size(group))]
-    dist.all_gather(every, own, group=group)
+def _exchange_numbers(own: Tensor) -> list[tuple[int, ...]]:
+    every = [torch.empty_like(own) for _ in range(_world_size())]
+    dist.all_gather(every, own)
     return [tuple(numbers.tolist()) for numbers in every]
 
 
-def _gather_padded(x: Tensor, counts: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+def _gather_padded(x: Tensor, counts: Sequence[int]) -> Tensor:
     """Gather by padding every rank's rows to the longest rank, as all_gather takes equal shapes only."""
     padded = x.new_zeros(max(counts), *x.shape[1:])
     padded[: x.shape[0]] = x
     parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, group=group)
+    dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu_kernels import _SMALL, _exact, _plain_attention, _TiledAttention, dropout
+from .cpu_kernels import attention_with_dropout, dropout, sum_dtype
 
 Attend = Literal["batch", "self"]
 Gather = Callable[[Tensor], Tensor]
 
 
 class LayerWeights(NamedTuple):
-    """Parameters of one post-norm encoder layer, in the order and shapes of ``torch.nn.TransformerEncoderLayer``."""
+    """Parameters of one post-norm encoder layer, in the order and shapes of torch's; F is the feed-forward width."""
 
     in_proj_weight: Tensor  # (3C, C)
     in_proj_bias: Tensor  # (3C,)
@@ -41,9 +41,10 @@ class LayerWeights(NamedTuple):
 
 
 def attention_allowed(padding_MT: Tensor) -> Tensor:
-    """Which keys may be seen, as a boolean tensor that broadcasts to (T, H, N, M): those that are no padding.
+    """Allow attention to the keys that are no padding.
 
-    Where all samples are padding all are allowed, as a softmax over nothing would be NaN; nobody uses what comes out.
+    Where all samples are padding all keys are allowed, because a softmax over nothing would be NaN; the output there is
+    not used. Takes booleans (M, T), true = padding; returns booleans that broadcast to (T, H, N, M), true = allowed.
     """
     return (~padding_MT | padding_MT.all(dim=0)).T[:, None, None, :]
 
@@ -57,12 +58,12 @@ def attend_over_batch(
         q_NTC: Queries, (N, T, C).
         k_MTC: Keys, (M, T, C).
         v_MTC: Values, (M, T, C).
-        num_heads: Heads; divides C.
-        drop: Dropout probability of the attention weights.
+        num_heads: Number of heads; divides C.
+        drop: Dropout probability of the attention weights, in [0, 1].
         allowed: Boolean, broadcasts to (T, H, N, M); ``None`` allows all.
 
     Returns:
-        (N, T, C).
+        Tensor (N, T, C).
 
     Source:
         BatchFormer (CVPR 2022), section 3.1; attention as in Vaswani et al. 2017, equation 1.
@@ -73,32 +74,26 @@ def attend_over_batch(
         torch.Size([6, 3, 8])
     """
     N, T, C = q_NTC.shape
-    M = k_MTC.shape[0]
     q_THND, k_THMD, v_THMD = (x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for x in (q_NTC, k_MTC, v_MTC))
     if drop in (0.0, 1.0) or q_NTC.device.type != "cpu" or torch.compiler.is_compiling():
         out = F.scaled_dot_product_attention(q_THND, k_THMD, v_THMD, attn_mask=allowed, dropout_p=drop)
     else:
-        # torch has no fused CPU kernel with dropout. As in its unfused one, half precision is worked on in fp32: sums
-        # over thousands of samples need the digits, and in fp16 large scores would overflow.
-        exact = _exact(q_NTC.dtype)
-        attend = _plain_attention if T * num_heads * N * M < _SMALL else _TiledAttention.apply
-        with torch.autocast("cpu", enabled=False):
-            out = attend(q_THND.to(exact), k_THMD.to(exact), v_THMD.to(exact), allowed, drop).to(q_NTC.dtype)
+        out = attention_with_dropout(q_THND, k_THMD, v_THMD, allowed, drop)
     return out.permute(2, 0, 1, 3).reshape(N, T, C)
 
 
 def attend_to_itself(v_NTC: Tensor, num_heads: int, *, drop: float) -> Tensor:
-    """What :func:`attend_over_batch` is where each sample sees itself alone: its value times its one weight, 1.
+    """Attention in which each sample sees itself alone: its value times its one weight, which is 1.
 
-    Dropout takes that weight, for each sample, position and head, as it takes any other.
+    Dropout zeroes that weight for each sample, position and head, as in :func:`attend_over_batch`.
 
     Args:
         v_NTC: Values, (N, T, C).
-        num_heads: Heads; divides C.
-        drop: Dropout probability of the attention weights.
+        num_heads: Number of heads; divides C.
+        drop: Dropout probability of the attention weights, in [0, 1].
 
     Returns:
-        (N, T, C).
+        Tensor (N, T, C).
 
     Example:
         >>> v = torch.randn(6, 3, 8)
@@ -108,7 +103,7 @@ def attend_to_itself(v_NTC: Tensor, num_heads: int, *, drop: float) -> Tensor:
     if drop == 0.0:
         return v_NTC
     v_NTHD = v_NTC.unflatten(-1, (num_heads, -1))
-    weights_NTH1 = dropout(v_NTHD.new_ones(*v_NTHD.shape[:-1], 1, dtype=_exact(v_NTC.dtype)), drop)
+    weights_NTH1 = dropout(v_NTHD.new_ones(*v_NTHD.shape[:-1], 1, dtype=sum_dtype(v_NTC.dtype)), drop)
     out: Tensor = (v_NTHD * weights_NTH1).flatten(-2).to(v_NTC.dtype)
     return out
 
@@ -124,24 +119,25 @@ def encoder_layer(
     gather: Gather | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """One post-norm transformer encoder layer whose sequence is the mini-batch.
+    """Run one post-norm transformer encoder layer whose sequence is the mini-batch.
 
     ``H = LayerNorm(x + Drop(Attention(x)))``, ``out = LayerNorm(H + Drop(W2 Drop(ReLU(W1 H))))``.
 
     Args:
         x_NTC: Samples, (N, T, C).
         weights: Parameters of the layer.
-        num_heads: Heads; divides C.
-        drop: Dropout probability, used on the attention weights, inside the feed-forward part and on both residual
+        num_heads: Number of heads; divides C.
+        drop: Dropout probability in [0, 1] of the attention weights, inside the feed-forward part and on both residual
             branches.
-        attend: ``"batch"``: all samples; ``"self"``: each sample itself alone.
+        attend: ``"batch"`` attends to all samples, ``"self"`` lets each sample attend to itself alone.
         padding_NT: Boolean (N, T), true where a token is padding. Padding neither attends nor is attended to; its
-            rows come back as they are.
-        gather: Brings the rows of all processes together, (N, ...) -> (M, ...). ``None``: this process alone.
-        eps: Of both layer norms.
+            rows are returned unchanged.
+        gather: Function that brings the rows of all processes together, (N, ...) -> (M, ...). ``None`` uses the rows
+            of this process alone.
+        eps: Epsilon of both layer norms.
 
     Returns:
-        (N, T, C).
+        Tensor (N, T, C).
 
     Source:
         BatchFormer (CVPR 2022), section 3.1; BatchFormerV2 (arXiv 2204.01254), section 3.2.

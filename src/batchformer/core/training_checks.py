@@ -1,5 +1,8 @@
-"""Warnings about a module that cannot learn: frozen, or absent from every optimizer. Both happened in the published
-code, silently. The optimizer check starts with the first BatchFormer that is built, not at import."""
+"""Warnings about a module that cannot learn: one that is frozen, is in no optimizer, or gets one sample at a time.
+
+The first two happened in the published code, without any message. The optimizer check starts with the first module that
+is trained, not at import.
+"""
 
 import warnings
 import weakref
@@ -9,29 +12,54 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# Modules whose parameters no optimizer has stepped yet, with the optimizers that stepped without them.
+# A copy of a module is another key than the module, so it is checked again and warns for itself.
+_checked: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_told: "weakref.WeakKeyDictionary[nn.Module, set[str]]" = weakref.WeakKeyDictionary()
+# Modules whose parameters no optimizer has updated yet, with the optimizers that made a step without them.
 _unclaimed: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Any]]" = weakref.WeakKeyDictionary()
-# Those that ran in training since the last optimizer step: an optimizer says nothing about a module that did not.
+# Modules that ran in training since the last optimizer step; a step says nothing about a module that did not run.
 _ran: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _hook: Any = None
 
 
 class BatchFormerWarning(UserWarning):
-    """Training goes on, but the module cannot do what it is there for."""
+    """Warning that training goes on although the module cannot do its work."""
 
 
-def watch_optimizers(module: nn.Module) -> None:
-    """Warn once when an optimizer steps twice while ``module`` gets gradients that no optimizer uses."""
+def check_training_pass(module: nn.Module, *, alone: bool) -> None:
+    """Check a module at the start of a pass in training; ``alone`` says that the batch is one sample on one process.
+
+    The module has the attributes ``label``, its name in messages, and ``frozen``, true if it is frozen on purpose.
+    """
     global _hook
-    if _hook is None:
-        _hook = register_optimizer_step_post_hook(_after_step)
-    _unclaimed[module] = weakref.WeakSet()
-
-
-def note_training_pass(module: nn.Module) -> None:
-    """The next optimizer step is expected to train ``module``, if none has so far."""
+    if module not in _checked:
+        _checked.add(module)
+        parameters = list(module.parameters())
+        if not module.frozen:
+            if parameters and not any(p.requires_grad for p in parameters):
+                warn_once(
+                    module,
+                    "is in training but all of its parameters are frozen (requires_grad=False): it mixes samples with "
+                    "random weights. Unfreeze them, or call freeze() on it if that is the control you want.",
+                )
+            _hook = _hook or register_optimizer_step_post_hook(_after_step)
+            _unclaimed[module] = weakref.WeakSet()
     if module in _unclaimed:
         _ran.add(module)
+    if alone:
+        warn_once(
+            module,
+            "got a batch of one sample, which has no other sample to attend to. Use larger batches (drop_last=True "
+            "drops a last small one), or gather='all' on several ranks.",
+        )
+
+
+def warn_once(module: nn.Module, problem: str) -> None:
+    """Warn with ``module.label`` and the problem, unless this module gave the same warning before."""
+    told = _told.setdefault(module, set())
+    if problem not in told:
+        told.add(problem)
+        warnings.warn(f"{module.label} {problem}", BatchFormerWarning, stacklevel=4)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -44,32 +72,13 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             del _unclaimed[module]
         elif module in _ran and any(p.grad is not None for p in parameters):
             _ran.discard(module)
-            # Two optimizers may take turns (GANs): one that comes round again without the module is the sign.
+            # Two optimizers may alternate (GANs). The same one, twice without the module, is the sign.
             if optimizer in stepped_without:
                 del _unclaimed[module]
-                warnings.warn(
-                    f"{label(module)} gets gradients but no optimizer holds its parameters, so it is not trained. "
-                    "Build the optimizer after inserting, for example from batchformer.param_groups(model, lr=...).",
-                    BatchFormerWarning,
-                    stacklevel=4,
+                warn_once(
+                    module,
+                    "gets gradients but no optimizer holds its parameters, so it is not trained. Create the optimizer "
+                    "after the module is in the model, from model.parameters() for example.",
                 )
             else:
                 stepped_without.add(optimizer)
-
-
-def warn_if_frozen(module: nn.Module) -> None:
-    """Warn when a module in training has parameters and none of them is trained."""
-    parameters = list(module.parameters())
-    if parameters and not any(p.requires_grad for p in parameters):
-        warnings.warn(
-            f"{label(module)} is in training but all of its parameters are frozen (requires_grad=False): it mixes "
-            "samples at random. Unfreeze them, or silence this warning if that is the control you want.",
-            BatchFormerWarning,
-            stacklevel=4,
-        )
-
-
-def label(module: nn.Module) -> str:
-    """The name that messages use: the place of insertion where there is one."""
-    name = getattr(module, "inserted_at", "")
-    return f"BatchFormer ({name})" if name else "BatchFormer"

@@ -1,4 +1,4 @@
-"""BatchFormer inside models that nobody edited, and out of them again. Depends on the core alone."""
+"""Insertion of BatchFormer into models that nobody edited, and its removal. It depends on the core alone."""
 
 from .describe import describe
 from .handle import Handle, handles

@@ -1,23 +1,23 @@
-"""What was inserted, and how the optimizer should treat it."""
+"""Description of the modules in a model: where they were inserted, how large they are, and what they change."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from batchformer.core.modules import BatchFormer
+from batchformer.core.streams import MixedStream
 
-from .handle import handles
+from .handle import Handle, handles
 
 
 @dataclass(frozen=True)
 class Description:
-    """One line for each insertion; ``print`` it.
+    """Description of a model's modules, to be printed.
 
     Attributes:
-        lines: The text.
-        parameters: Parameters of all BatchFormer modules of the model, those put there by hand included.
-        trainable: Those among them that require gradients.
+        lines: Lines of the text.
+        parameters: Number of parameters of all modules in the model, including modules that were not inserted.
+        trainable: Number of those that require gradients.
     """
 
     lines: tuple[str, ...]
@@ -29,7 +29,7 @@ class Description:
 
 
 def describe(model: nn.Module) -> Description:
-    """Say what was inserted into a model, where, how large it is and what follows it.
+    """Describe what was inserted into a model: where, how large it is and what is doubled with the batch.
 
     Example:
         >>> from batchformer import insert
@@ -44,32 +44,31 @@ def describe(model: nn.Module) -> Description:
     for handle in handles(model):
         for index, module in enumerate(handle.modules):
             inserted.add(id(module))
-            places = handle.places if len(handle.modules) == 1 else handle.places[index : index + 1]
-            where = ", ".join(str(place) for place in places)
-            shared = f", weights shared by {len(places)} places" if len(places) > 1 else ""
-            lines.append(f"BatchFormer {where}: {_facts(module)}{shared}")
-        lines.append(f"  {_effect(model, handle)}")
-        if gone := handle.replaced():
-            where = ", ".join(str(place) for place in gone)
+            points = handle.points if len(handle.modules) == 1 else handle.points[index : index + 1]
+            where = ", ".join(str(point) for point in points)
+            shared = f", weights shared by {len(points)} points" if len(points) > 1 else ""
+            lines.append(f"{type(module).__name__} {where}: {_describe_module(module)}{shared}")
+        lines.append(f"  {_describe_effect(model, handle)}")
+        if replaced := handle.replaced_points():
+            where = ", ".join(str(point) for point in replaced)
             lines.append(f"  not in effect {where}: the module there was replaced; remove() and insert() again")
-    for name, module in model.named_modules():
-        if isinstance(module, BatchFormer) and id(module) not in inserted:
-            lines.append(f"BatchFormer as module {name or 'itself'!r}: {_facts(module)}")
-    modules = [m for m in model.modules() if isinstance(m, BatchFormer)]
-    counts = [p for m in modules for p in m.parameters()]
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, MixedStream)}
+    for name, module in modules.items():
+        if id(module) not in inserted:
+            lines.append(f"{type(module).__name__} as module {name or 'itself'!r}: {_describe_module(module)}")
+    parameters = [p for module in modules.values() for p in module.parameters()]
     return Description(
         tuple(lines or ["No BatchFormer in this model."]),
-        sum(p.numel() for p in counts),
-        sum(p.numel() for p in counts if p.requires_grad),
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in parameters if p.requires_grad),
     )
 
 
-def _facts(module: BatchFormer) -> str:
+def _describe_module(module: MixedStream) -> str:
+    if not isinstance(module, BatchFormer):
+        return f"{module.extra_repr()}, {module.mode}"
     total = sum(p.numel() for p in module.parameters())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    if module.attend == "nothing":
-        return f"dim {module.dim}, dropout {module.drop} alone, {module.mode}"
-    heads = module.num_heads
     depth = f"{len(module.layers)} layer{'s' if len(module.layers) > 1 else ''}"
     extra = "".join(
         f", {name}={value!r}"
@@ -81,24 +80,23 @@ def _facts(module: BatchFormer) -> str:
         if value != usual
     )
     return (
-        f"dim {module.dim}, {heads} heads, {depth}, dropout {module.drop}, {module.mode}{extra}, "
+        f"dim {module.dim}, {module.num_heads} heads, {depth}, dropout {module.drop}, {module.mode}{extra}, "
         f"{total:,} parameters ({trained:,} trained)"
     )
 
 
-def _effect(model: nn.Module, handle: Any) -> str:
+def _describe_effect(model: nn.Module, handle: Handle) -> str:
     if handle.modules[0].mode == "single_stream":
         return "in training the N mixed rows alone from there on; in eval() the plain network"
-    names = [name for name, module in model.named_modules() if name and not name.startswith(handle.prefix)]
-    first = handle.places[0]
-    followers = [p.name for p in handle.places] if first.where == "before" else names[names.index(first.name) + 1 :]
-    tops = [name for name in followers if not name.startswith(f"{first.name}.")]
-    shown = repr(tops[-1]) if tops else "the end"
-    effect = f"in training 2N rows [plain; mixed] from there on through {shown}; in eval() the plain network"
-    for name, inputs in handle.plan.companions.items():
+    names = [name for name, _ in model.named_modules() if name and not name.startswith(handle.prefix)]
+    first, plan = handle.points[0], handle.plan
+    after = [p.name for p in handle.points] if first.where == "before" else names[names.index(first.name) + 1 :]
+    outside = [name for name in after if not name.startswith(f"{first.name}.")]
+    last = repr(outside[-1]) if outside else "the end"
+    effect = f"in training 2N rows [plain; mixed] from there on through {last}; in eval() the plain network"
+    for name, inputs in plan.doubled_inputs.items():
         effect += f"; {', '.join(inputs)} of {repr(name) if name else 'the model'} doubled"
-    if handle.plan.once:
-        effect += f"; once for both streams: {', '.join(repr(once.name) for once in handle.plan.once)}"
-        masked = handle.plan.padding is not None
-        effect += f"; padded tokens {'neither attend nor are attended to' if masked else 'take part'}"
+    if plan.run_once:
+        effect += f"; once for both streams: {', '.join(repr(once.name) for once in plan.run_once)}"
+        effect += f"; padded tokens {'take part' if plan.padding is None else 'neither attend nor are attended to'}"
     return effect

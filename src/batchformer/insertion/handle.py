@@ -1,4 +1,4 @@
-"""One insertion: the labels' side of the two streams, the hooks in the model, and the way back."""
+"""Handle of one insertion: registers its hooks, expands targets, splits outputs, and removes the module."""
 
 import functools
 import warnings
@@ -9,45 +9,59 @@ import torch
 from torch import Tensor, nn
 
 from batchformer.core import streams
-from batchformer.core.modules import BatchFormer
-from batchformer.core.training_checks import BatchFormerWarning
+from batchformer.core.streams import MixedStream
+from batchformer.core.training_checks import BatchFormerWarning, warn_once
 
-from .hooks import Companions, Pass, Point, Shared, input_names, points_in
-from .plan import Once, Place, Plan
+from .hooks import Action, DoubledInputs, ForwardState, InsertionHook, RunOnceHook, hooks_in, input_names
+from .plan import InsertionPlan, InsertionPoint, RunOnce
 
 T = TypeVar("T")
 _HANDLES = "_batchformer_handles"
 
 
 class Handle:
-    """What :func:`batchformer.insert` returns: the labels' side of the two streams, and the way back.
+    """Handle of one insertion, as :func:`batchformer.insert` returns it: expands targets, splits outputs, removes.
 
     Attributes:
-        modules: The inserted :class:`BatchFormer` modules; one, if its weights are shared.
-        places: Where they were inserted.
+        modules: Inserted modules, :class:`batchformer.BatchFormer`; a single one if the points share its weights.
+        plan: Points of insertion, and what is doubled together with the batch.
+        prefix: Name of the modules' parent in the model, and so in its state dict.
+        state: State of the forward pass that all insertions into the model share.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, modules: list[BatchFormer], prefix: str, state: Pass) -> None:
-        self.modules = modules
-        self.places = plan.places
+    def __init__(
+        self, model: nn.Module, plan: InsertionPlan, modules: Sequence[MixedStream], prefix: str, state: ForwardState
+    ) -> None:
+        self.modules = list(modules)
         self.plan = plan
         self.prefix = prefix
+        self.state = state
         self._model = model
-        self._state = state
         self._hooks: list[Any] = []
-        self._attach()
+        self._register_hooks()
         setattr(model, _HANDLES, [*handles(model), self])
 
     @property
+    def points(self) -> tuple[InsertionPoint, ...]:
+        """Points of insertion, in the order of the model."""
+        return self.plan.points
+
+    @property
+    def places(self) -> tuple[InsertionPoint, ...]:
+        """Deprecated name of :attr:`points`."""
+        warnings.warn("Handle.places is deprecated: use Handle.points.", DeprecationWarning, stacklevel=2)
+        return self.points
+
+    @property
     def doubles(self) -> bool:
-        """Whether the next forward pass returns twice the rows."""
+        """True if the next forward pass returns twice the rows."""
         return self.modules[0].doubles
 
     def expand(self, targets: T) -> T:
         """Double targets in training with two streams; return them as they are otherwise.
 
         Args:
-            targets: See :func:`batchformer.expand`.
+            targets: Targets of N samples, see :func:`batchformer.expand`.
 
         Example:
             >>> from batchformer import insert
@@ -62,7 +76,10 @@ class Handle:
         return streams.expand(targets) if self.doubles else targets
 
     def split(self, outputs: T) -> tuple[T | None, T | None]:
-        """The outputs of the last pass as (plain, mixed).
+        """Split the outputs of the last pass into (plain, mixed).
+
+        Args:
+            outputs: Outputs of the model, see :func:`batchformer.split`.
 
         Returns:
             Both halves in training with two streams; ``(None, outputs)`` in training with a single stream;
@@ -75,38 +92,49 @@ class Handle:
     def loss(
         self, criterion: Callable[[T, Any], Tensor], outputs: T, targets: Any, weights: Sequence[float] = (1.0, 1.0)
     ) -> Tensor:
-        """Weighted mean of both streams' losses for targets that are *not* doubled.
+        """Compute the weighted mean of both streams' losses for targets that are *not* doubled.
 
         Args:
             criterion: ``criterion(outputs, targets) -> scalar``.
-            outputs: What the model returned.
-            targets: N rows.
-            weights: Of the plain and the mixed stream. In ``eval()`` and with a single stream they have no effect.
+            outputs: Outputs of the model.
+            targets: Targets of N samples.
+            weights: Weights of the plain and of the mixed stream, each at least 0, not both 0. In ``eval()`` and with
+                a single stream they have no effect.
+
+        Raises:
+            ValueError: For other weights.
         """
         return streams.stream_loss(criterion, outputs, targets, two_streams=self.doubles, weights=weights)
 
     def evaluate_in_batch(self, *inputs: Any, labels: Tensor, **named: Any) -> tuple[Any, Any]:
-        """Evaluate with the batch attention on: (plain, mixed) outputs, without dropout. An analysis, not a result.
+        """Evaluate with the batch attention on and without dropout, for an analysis; this is no test result.
 
-        The mixed outputs of a sample depend on the samples that it comes with. Over a class-sorted batch they leak
-        the label, which is why the labels are asked for, and such a batch warned about.
+        The mixed outputs of a sample depend on the other samples of its batch. In a class-sorted batch they leak the
+        label, so the labels are asked for and a sorted batch is warned about.
 
         Args:
-            inputs: Of the model, which must be in ``eval()``.
-            labels: Class indices (N,), only looked at for their order.
+            inputs: Inputs of the model, which must be in ``eval()``.
+            labels: Class indices (N,), only checked for their order.
             named: Keyword inputs of the model.
 
+        Returns:
+            Outputs as (plain, mixed); ``(None, mixed)`` with a single stream.
+
         Raises:
-            RuntimeError: When the model is in training.
+            RuntimeError: If the model is in training.
         """
         return _evaluate_in_batch(self._model, self.modules, inputs, labels, named)
 
     def remove(self) -> nn.Module:
-        """Take the module out: the plain network, with the keys and outputs it had. Returns the model."""
-        for hook in self._hooks:
-            hook.remove()
+        """Take the module out and return the model: the plain network, with the keys and outputs it had.
+
+        Raises:
+            RuntimeError: If it was removed before.
+        """
         if not self._hooks:
             raise RuntimeError("This insertion was removed before. Call insert() again to put the module back.")
+        for hook in self._hooks:
+            hook.remove()
         self._hooks = []
         delattr(self._model, self.prefix)
         left = [handle for handle in handles(self._model) if handle is not self]
@@ -115,84 +143,80 @@ class Handle:
             setattr(self._model, _HANDLES, left)
         return self._model
 
-    def _attach(self) -> None:
-        modules = self.modules * (len(self.places) if len(self.modules) == 1 else 1)
-        for place, module in zip(self.places, modules, strict=True):
-            target = self._model.get_submodule(place.name)
-            point = Point(place, module, self._state, input_names(target), self.plan.padding)
+    def replaced_points(self) -> list[InsertionPoint]:
+        """List the points whose module was replaced after the insertion, so that nothing is mixed there."""
+        found = {hook.point for hook in hooks_in(self._model) if hook.state is self.state}
+        return [point for point in self.points if point not in found]
+
+    def _register_hooks(self) -> None:
+        modules = self.modules * (len(self.points) if len(self.modules) == 1 else 1)
+        for point, module in zip(self.points, modules, strict=True):
+            target = self._model.get_submodule(point.name)
+            hook = InsertionHook(point, module, self.state, input_names(target), self.plan.padding)
             self._hooks.append(
-                target.register_forward_pre_hook(point.before, with_kwargs=True)
-                if place.where == "before"
-                else target.register_forward_hook(point.after, with_kwargs=True)
+                target.register_forward_pre_hook(hook.before, with_kwargs=True)
+                if point.where == "before"
+                else target.register_forward_hook(hook.after, with_kwargs=True)
             )
         self._hooks.append(self._model.register_forward_pre_hook(self._begin_pass))
         self._hooks.append(self._model.register_forward_hook(self._end_pass))
-        for name, inputs in self.plan.companions.items():
+        for name, inputs in self.plan.doubled_inputs.items():
             target = self._model.get_submodule(name)
-            doubles = functools.partial(self._doubles_inputs_of, name)
-            companions = Companions(inputs, input_names(target), doubles)
-            self._hooks.append(target.register_forward_pre_hook(companions.double, with_kwargs=True))
-        for once in self.plan.once:
+            doubled = DoubledInputs(inputs, input_names(target), functools.partial(self._doubles_inputs_of, name))
+            self._hooks.append(target.register_forward_pre_hook(doubled.double, with_kwargs=True))
+        for once in self.plan.run_once:
             target = self._model.get_submodule(once.name)
-            shared = Shared(once, self._state, input_names(target), functools.partial(self._works_once, once))
-            self._hooks.append(target.register_forward_pre_hook(shared.halve, with_kwargs=True))
-            self._hooks.append(target.register_forward_hook(shared.repeat))
+            actions = functools.partial(self._actions_for, once)
+            single = RunOnceHook(once, self.state, input_names(target), actions)
+            self._hooks.append(target.register_forward_pre_hook(single.halve, with_kwargs=True))
+            self._hooks.append(target.register_forward_hook(single.repeat))
 
     def _begin_pass(self, *_: Any) -> None:
         if self.modules[0].training:
-            self._state.begin()
+            self.state.begin()
 
     def _end_pass(self, *_: Any) -> None:
-        self._state.running = False
+        self.state.running = False
         if self.modules[0].training and not torch.compiler.is_compiling():
-            self._warn_if_idle()
+            self._warn_if_no_point_ran()
 
-    def replaced(self) -> list[Place]:
-        """Places whose module is not the one of :func:`batchformer.insert` any more, so that nothing is mixed there."""
-        found = {point.place for point in points_in(self._model) if point.state is self._state}
-        return [place for place in self.places if place not in found]
-
-    def _warn_if_idle(self) -> None:
-        told = self.modules[0]._told
-        if "idle" in told or any(self._state.roles.get(place) for place in self.places):
+    def _warn_if_no_point_ran(self) -> None:
+        if any(self.state.roles.get(point) for point in self.points):
             return
-        told.add("idle")
-        where = ", ".join(str(place) for place in self.places)
-        why = "the model did not call it as a module in this pass: its forward() may take the weights instead"
-        if self.replaced():
-            why = "its module was replaced since insert(). remove() and insert() again, after the last change"
-        warnings.warn(
-            f"BatchFormer ({where}) did nothing in training: {why}. The outputs are those of the plain network.",
-            BatchFormerWarning,
-            stacklevel=2,
+        why = (
+            "a module there was replaced since insert(). Call remove() and insert() again, after the last change"
+            if self.replaced_points()
+            else "the model did not call the module there in this pass; its forward() may use the weights directly"
+        )
+        warn_once(
+            self.modules[0], f"did nothing in training: {why}. The outputs of this pass are those of the plain network."
         )
 
     def _doubles_inputs_of(self, name: str) -> bool:
-        # Of several insertions into one model, one doubles each companion.
-        doubling = (handle for handle in handles(self._model) if handle.doubles and name in handle.plan.companions)
+        # Of several insertions into one model, one doubles the inputs of each module.
+        doubling = (handle for handle in handles(self._model) if handle.doubles and name in handle.plan.doubled_inputs)
         return next(doubling, None) is self
 
-    def _works_once(self, once: Once) -> tuple[str, ...]:
+    def _actions_for(self, once: RunOnce) -> tuple[Action, ...]:
         doubling = [handle for handle in handles(self._model) if handle.doubles]
-        places = {place.name for handle in doubling for place in handle.places}
-        if next((handle for handle in doubling if once in handle.plan.once), None) is not self or places & {
-            *once.behind
-        }:
+        points = {point.name for handle in doubling for point in handle.points}
+        responsible = next((handle for handle in doubling if once in handle.plan.run_once), None)
+        if responsible is not self or points & {*once.upstream}:
             return ()
-        return ("halve",) if once.name in places else ("halve", "repeat")
+        return ("halve",) if once.name in points else ("halve", "repeat")
 
 
 def handles(model: nn.Module) -> list[Handle]:
-    """The handles of what :func:`batchformer.insert` put into ``model``, in the order of insertion.
+    """List the handles of a model's insertions, in the order of insertion.
 
-    For a copy: after ``copy.deepcopy``, unpickling or in an average of weights, the handle that ``insert`` returned is
-    that of the original.
+    A copy of a model has handles of its own: after ``copy.deepcopy``, unpickling or in an average of weights, the
+    handle that ``insert`` returned is still that of the original.
 
     Args:
-        model: That was given to :func:`batchformer.insert`, or a copy of it; not what it is wrapped in.
+        model: Model that was given to :func:`batchformer.insert`, or a copy of it; no wrapper around it.
 
     Returns:
-        One for each insertion; empty where there is none.
+        One handle for each insertion; an empty list without any.
 
     Example:
         >>> import copy
@@ -200,32 +224,43 @@ def handles(model: nn.Module) -> list[Handle]:
         >>> model = nn.Sequential(nn.Linear(4, 3))
         >>> _ = insert(model, before="0", num_heads=2)
         >>> [handle] = handles(copy.deepcopy(model))
-        >>> handle.places
-        (Place(name='0', where='before'),)
+        >>> handle.points
+        (InsertionPoint(name='0', where='before'),)
     """
     return list(getattr(model, _HANDLES, []))
 
 
+def looks_class_sorted(labels: Tensor) -> bool:
+    """Tell whether class indices (N,) come in non-decreasing order with repeats, as from an unshuffled image folder.
+
+    Example:
+        >>> looks_class_sorted(torch.tensor([0, 0, 0, 1])), looks_class_sorted(torch.tensor([1, 0, 0, 1]))
+        (True, False)
+    """
+    if labels.dim() != 1 or labels.is_floating_point() or len(labels) < 3:
+        return False
+    steps = labels[1:] - labels[:-1]
+    return bool((steps >= 0).all() and (steps == 0).any())
+
+
 def _evaluate_in_batch(
-    model: nn.Module, modules: list[BatchFormer], inputs: Sequence[Any], labels: Tensor, named: Mapping[str, Any]
+    model: nn.Module, modules: list[MixedStream], inputs: Sequence[Any], labels: Tensor, named: Mapping[str, Any]
 ) -> tuple[Any, Any]:
     if model.training:
         raise RuntimeError("Expected a model in eval(), got one in training. Call model.eval() first.")
-    if streams.looks_class_sorted(labels):
+    if looks_class_sorted(labels):
         warnings.warn(
             "The batch is sorted by class: with the batch attention on, samples mostly see their own class, and the "
             "label leaks. Shuffle the data first.",
             BatchFormerWarning,
             stacklevel=3,
         )
-    # Only the outer module is switched: its layers, and their dropout, stay in eval(). Its own dropout is that of a
-    # control without layers.
-    drops = [module.drop for module in modules]
+    # Only the inserted module itself is switched: the layers in it, and their dropout, stay in eval().
     for module in modules:
-        module.training, module.drop = True, 0.0
+        module.training = True
     try:
         outputs = model(*inputs, **named)
     finally:
-        for module, drop in zip(modules, drops, strict=True):
-            module.training, module.drop = False, drop
+        for module in modules:
+            module.training = False
     return streams.split(outputs) if modules[0].mode == "two_stream" else (None, outputs)

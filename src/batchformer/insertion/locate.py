@@ -1,46 +1,31 @@
-"""Where to insert: names of modules, the width there, and the classifier of a model.
-
-Libraries' own habits live in :mod:`batchformer.insertion.adapters`, one module for each, imported only when a model
-of that library arrives.
-"""
+"""Modules of a model by name, the width at a point of insertion, and the classifier of a model."""
 
 import difflib
-import importlib
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import nn
 
-from batchformer.core.modules import BatchFormer
+from batchformer.core.streams import MixedStream
 
-from .plan import Adapter, Place, Plan
+from .plan import InsertionPoint
 
-# Top-level package of a model's class -> the module that knows such models (an `Adapter`, see below).
-ADAPTERS: dict[str, str] = {
-    "timm": "batchformer.insertion.adapters.timm",
-    "torchvision": "batchformer.insertion.adapters.torchvision",
-    "transformers": "batchformer.insertion.adapters.transformers",
-}
+_INPUTS = ("in_features", "in_channels", "num_features", "normalized_shape")
+_OUTPUTS = ("out_features", "out_channels", "num_features", "normalized_shape")
 
 
-def adapter_of(model: nn.Module) -> Adapter | None:
-    """The adapter for the library that ``model``'s class, or one of its bases, comes from."""
-    for cls in type(model).__mro__:
-        package = cls.__module__.partition(".")[0]
-        if package in ADAPTERS:
-            return cast(Adapter, importlib.import_module(ADAPTERS[package]))
-    return None
+def find_points(
+    model: nn.Module, names: str | Sequence[str], where: Literal["before", "after"]
+) -> tuple[InsertionPoint, ...]:
+    """Find the modules of these names, in the order of the model; ``*`` matches one part of a dotted name.
 
-
-def find_places(model: nn.Module, names: str | Sequence[str], where: Literal["before", "after"]) -> Plan:
-    """The modules that ``names`` stand for; ``*`` stands for one part of a dotted name.
+    A module with several names is one point, under its first name.
 
     Raises:
-        ValueError: For a name that matches nothing, with the nearest ones.
+        ValueError: For a name that matches nothing, with the nearest names.
     """
     first_name = {id(module): name for name, module in model.named_modules() if name}
-    # A module may have several names; it is one place, under its first name.
     known = {name: first_name[id(m)] for name, m in model.named_modules(remove_duplicate=False) if name}
     found: set[str] = set()
     for wanted in [names] if isinstance(names, str) else names:
@@ -48,123 +33,82 @@ def find_places(model: nn.Module, names: str | Sequence[str], where: Literal["be
         matches = [first for name, first in known.items() if pattern.fullmatch(name)]
         if not matches:
             near = difflib.get_close_matches(wanted, known, n=5, cutoff=0.4) or list(known)[-5:]
-            raise ValueError(f"Expected the name of a module, but nothing matches {wanted!r}. Near to it: {near}.")
+            raise ValueError(
+                f"Expected the name of a module of the model, but nothing matches {wanted!r}. The nearest names are "
+                f"{near}."
+            )
         found.update(matches)
     if not found:
         raise ValueError("Expected at least one module name, got none.")
-    places = tuple(Place(name, where) for name in first_name.values() if name in found)
-    adapter = adapter_of(model)
-    if adapter is not None:
-        return adapter.plan(model, places)
-    _refuse_inside_of_others(model, places)
-    return Plan(places)
-
-
-def _refuse_inside_of_others(model: nn.Module, places: tuple[Place, ...]) -> None:
-    """Where the inputs of a model must be doubled at its top, the insertion must know the top."""
-    for place in places:
-        parts = place.name.split(".")
-        for end in range(1, len(parts)):
-            owner, inner = ".".join(parts[:end]), Place(".".join(parts[end:]), place.where)
-            part = model.get_submodule(owner)
-            adapter = adapter_of(part)
-            if adapter is not None and adapter.plan(part, (inner,)).once:
-                raise ValueError(
-                    f"Expected the {type(part).__name__} itself, got a {type(model).__name__} that holds it as "
-                    f"{owner!r}. Insert into that part: insert(model.{owner}, {place.where}={inner.name!r})."
-                )
-
-
-def find_classifier(model: nn.Module) -> Plan:
-    """The classifier of a model: by its library's adapter, by ``get_classifier()``, or as its one last ``Linear``.
-
-    Raises:
-        ValueError: When it is ambiguous or missing, with the candidates.
-    """
-    adapter = adapter_of(model)
-    if adapter is not None:
-        return adapter.find_classifier(model)
-    if offered := offered_classifiers(model):
-        return Plan(places_before(model, offered))
-    return Plan((Place(last_linear(model), "before"),))
+    return tuple(InsertionPoint(name, where) for name in first_name.values() if name in found)
 
 
 def offered_classifiers(model: nn.Module) -> list[nn.Module]:
-    """What ``model.get_classifier()`` gives (a module, or modules in tuples and lists), flat; empty without it."""
+    """List what ``model.get_classifier()`` returns (a module, or modules in tuples and lists); empty without it."""
 
-    def flat(found: Any) -> list[nn.Module]:
+    def flatten(found: Any) -> list[nn.Module]:
         if isinstance(found, tuple | list | nn.ModuleList):
-            return [module for part in found for module in flat(part)]
+            return [module for part in found for module in flatten(part)]
         return [found]
 
-    return flat(model.get_classifier()) if callable(getattr(model, "get_classifier", None)) else []  # type: ignore[operator]
+    return flatten(model.get_classifier()) if callable(getattr(model, "get_classifier", None)) else []  # type: ignore[operator]
 
 
-def places_before(model: nn.Module, modules: Iterable[nn.Module]) -> tuple[Place, ...]:
-    """Places in front of these modules of ``model``."""
-    return tuple(Place(name_of(model, module), "before") for module in modules)
+def points_before(model: nn.Module, modules: Iterable[nn.Module]) -> tuple[InsertionPoint, ...]:
+    """Make the points before these modules of ``model``."""
+    return tuple(InsertionPoint(name_of(model, module), "before") for module in modules)
 
 
-def last_linear(model: nn.Module, part: nn.Module | None = None) -> str:
-    """Name of the one ``Linear`` that nothing with parameters comes after.
+def last_linear(model: nn.Module, head: nn.Module | None = None) -> str:
+    """Find the one ``Linear`` that no module with parameters follows.
 
     Args:
         model: The whole model.
-        part: The part of it to look in; all of it by default.
+        head: Part of the model that is known to be one head, to search there alone.
+
+    Returns:
+        Its dotted name in ``model``.
 
     Raises:
-        ValueError: When the last module with parameters is no ``Linear``, when the run of ``Linear`` that it ends does
-            not fit together, or, in a whole model, when another head may stand beside it.
+        ValueError: If the last module with parameters is no ``Linear``, or if another head may stand beside it.
     """
-    whole, part = part is None, model if part is None else part
-    ours = {id(m) for module in part.modules() if isinstance(module, BatchFormer) for m in module.modules()}
-    leaves = [m for m in part.modules() if _is_leaf(m) and id(m) not in ours]
-    last = leaves.pop() if leaves else None
-    if last is None or not isinstance(last, nn.Linear):
-        found = repr(name_of(model, last)) if last else "missing"
+    leaves = _leaves(model if head is None else head)
+    if not leaves or not isinstance(leaves[-1], nn.Linear):
+        found = repr(name_of(model, leaves[-1])) if leaves else "missing"
         raise no_classifier(model, f"its last module with parameters is {found}, no Linear")
-    if whole and (rival := _rival(model, last, leaves)) is not None:
-        names = name_of(model, rival), name_of(model, last)
-        raise no_classifier(model, f"{names[0]!r} may stand beside {names[1]!r}: there may be several heads")
-    linear = last
-    while leaves and isinstance(before := leaves.pop(), nn.Linear):
-        if before.out_features != linear.in_features:
-            names = name_of(model, before), name_of(model, linear)
-            raise no_classifier(model, f"{names[0]!r} does not lead into {names[1]!r}: there may be several heads")
-        linear = before
+    last = leaves[-1]
+    if others := _other_heads(model if head is None else head, last, one_head=head is not None):
+        names = ", ".join(repr(name_of(model, other)) for other in others)
+        raise no_classifier(model, f"{names} may stand beside {name_of(model, last)!r}: there may be several heads")
     return name_of(model, last)
 
 
-def _rival(model: nn.Module, last: nn.Linear, others: list[nn.Module]) -> nn.Linear | None:
-    """The end of an earlier branch that may be another head, on the same features as the branch that ``last`` is in.
+def _other_heads(part: nn.Module, last: nn.Linear, *, one_head: bool) -> list[nn.Linear]:
+    """List the ends of earlier branches that may be heads beside ``last``.
 
-    Only an ``nn.Sequential`` says in which order its parts run. Elsewhere an earlier branch of the same input width
-    that ends in a ``Linear`` is one that either leads nowhere (its output fits no such branch), or is just like this
-    one and right in front of it, as two heads with as many classes as channels, or hidden layers, would be.
+    Only an ``nn.Sequential`` says in which order its parts run. Elsewhere an earlier branch that ends in a ``Linear``
+    surely runs before ``last`` only if a later branch takes its width. Even then it may be another head if it is of the
+    same class and input width as the branch of ``last``: a hidden layer of C channels and a head for C classes look
+    alike. In ``one_head`` it is a hidden layer.
     """
-    owner, branches = model, name_of(model, last).split(".")
-    for name in branches:
-        branch = owner.get_submodule(name)
-        width = _width([m for m in branch.modules() if _is_leaf(m)], _INPUTS)
-        earlier = [m for m in others if m not in set(branch.modules())]
-        for child in [] if isinstance(owner, nn.Sequential) else owner.children():
-            if child is branch:
-                break
-            inside = set(child.modules())
-            leaves = [m for m in earlier if m in inside]
-            if not leaves or not isinstance(end := leaves[-1], nn.Linear) or _width(leaves, _INPUTS) != width:
-                continue
-            if end.out_features != width or (type(child) is type(branch) and end is earlier[-1]):
-                return end
-        owner = branch
-    return None
+    found: list[nn.Linear] = []
+    while part is not last:
+        branches = [child for child in part.children() if _leaves(child)]
+        branch = next(child for child in reversed(branches) if last in child.modules())
+        for index, child in enumerate([] if isinstance(part, nn.Sequential) else branches[: branches.index(branch)]):
+            end, widths = _leaves(child)[-1], [_width(_leaves(later), _INPUTS) for later in branches[index + 1 :]]
+            alike = type(child) is type(branch) and _width(_leaves(child), _INPUTS) == _width(_leaves(branch), _INPUTS)
+            if isinstance(end, nn.Linear) and (end.out_features not in widths or (alike and not one_head)):
+                found.append(end)
+        part = branch
+    return found
 
 
 def name_of(model: nn.Module, wanted: nn.Module) -> str:
-    """The dotted name of a module inside ``model``.
+    """Find the dotted name of a module inside ``model``.
 
     Raises:
-        ValueError: When it is not there, or has no parameters (``num_classes=0`` leaves an ``Identity``).
+        ValueError: If it is not there, or has no parameters (``num_classes=0`` leaves an ``Identity``).
     """
     if not any(True for _ in wanted.parameters()):
         raise no_classifier(model, f"a {type(wanted).__name__} without parameters stands in its place")
@@ -174,23 +118,40 @@ def name_of(model: nn.Module, wanted: nn.Module) -> str:
     raise ValueError(f"Expected a module of the model, got a {type(wanted).__name__} that is not inside it.")
 
 
-def width_of(model: nn.Module, place: Place) -> int:
-    """Channels at a place: the input width of the first, or the output width of the last, module with parameters.
+def width_of(model: nn.Module, point: InsertionPoint) -> int:
+    """Read the channels at a point: the input width of the first module with parameters there, or the output width of
+    the last.
 
     Raises:
-        ValueError: When no module there tells.
+        ValueError: If no module there tells it.
     """
-    leaves = [m for m in model.get_submodule(place.name).modules() if _is_leaf(m)]
-    width = _width(leaves, _INPUTS) if place.where == "before" else _width(leaves[::-1], _OUTPUTS)
+    leaves = [m for m in model.get_submodule(point.name).modules() if _has_own_parameters(m)]
+    width = _width(leaves, _INPUTS) if point.where == "before" else _width(leaves[::-1], _OUTPUTS)
     if width is None:
         raise ValueError(
-            f"Expected to read the width {place} off the model, but no module there tells it. Pass dim=..."
+            f"Expected to read the width {point} from the model, but no module there tells it. Pass dim=..."
         )
     return width
 
 
-_INPUTS = ("in_features", "in_channels", "num_features", "normalized_shape")
-_OUTPUTS = ("out_features", "out_channels", "num_features", "normalized_shape")
+def no_classifier(model: nn.Module, why: str) -> ValueError:
+    """Make the error for ``before="auto"``, with the candidates."""
+    candidates = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)][-8:]
+    way = f"Name the module: before=... with one of {candidates}."
+    if not candidates:
+        parts = [name for name, m in model.named_children() if any(True for _ in m.parameters())][-8:]
+        way = f"It has no Linear. Name another module, before=... or after=..., out of {parts}." if parts else ""
+    return ValueError(f"Expected a model with one classifier for before='auto', but {why}. {way}".strip())
+
+
+def _leaves(part: nn.Module) -> list[nn.Module]:
+    """List the modules with parameters of their own, in the order of the model, without those that were inserted."""
+    ours = {id(m) for module in part.modules() if isinstance(module, MixedStream) for m in module.modules()}
+    return [m for m in part.modules() if _has_own_parameters(m) and id(m) not in ours]
+
+
+def _has_own_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
 
 
 def _width(leaves: list[nn.Module], attributes: tuple[str, ...]) -> int | None:
@@ -202,17 +163,3 @@ def _width(leaves: list[nn.Module], attributes: tuple[str, ...]) -> int | None:
             if isinstance(value, int):
                 return value
     return None
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters(recurse=False))
-
-
-def no_classifier(model: nn.Module, why: str) -> ValueError:
-    """The error for ``before="auto"``, with the candidates."""
-    candidates = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)][-8:]
-    way = f"Name the module: before=... with one of {candidates}."
-    if not candidates:
-        parts = [name for name, m in model.named_children() if any(True for _ in m.parameters())][-8:]
-        way = f"It has no Linear. Name another module, before=... or after=..., out of {parts}." if parts else ""
-    return ValueError(f"Expected a model with one classifier for before='auto', but {why}. {way}".strip())

@@ -1,10 +1,10 @@
-"""Parameter groups for an optimizer, with multipliers for BatchFormer's own parameters."""
+"""Parameter groups for an optimizer, with multipliers for the parameters of BatchFormer."""
 
 from typing import Any
 
 from torch import nn
 
-from batchformer.core.modules import BatchFormer
+from batchformer.core.streams import MixedStream
 
 
 def param_groups(
@@ -16,25 +16,26 @@ def param_groups(
     batchformer_weight_decay_mult: float = 1.0,
     decay_norm_and_bias: bool = True,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any optimizer, with multipliers for the module's own.
+    """Make parameter groups for any optimizer, with multipliers for the parameters of BatchFormer.
 
     The author's advice against overfitting "the pattern of sample relationships" is a smaller learning rate or a
     larger weight decay for the module (the Balanced Softmax runs used a tenth of the learning rate).
 
     Args:
-        model: With BatchFormer inserted or built in.
-        lr: Learning rate of the network, >= 0.
-        batchformer_lr_mult: The module's learning rate over ``lr``, >= 0.
-        weight_decay: Of the network, >= 0.
-        batchformer_weight_decay_mult: The module's weight decay over ``weight_decay``, >= 0.
-        decay_norm_and_bias: Whether vectors (norms, biases) decay as matrices do.
+        model: Model with BatchFormer inserted or built in.
+        lr: Learning rate of the network, at least 0.
+        batchformer_lr_mult: Learning rate of the module divided by ``lr``, at least 0.
+        weight_decay: Weight decay of the network, at least 0.
+        batchformer_weight_decay_mult: Weight decay of the module divided by ``weight_decay``, at least 0.
+        decay_norm_and_bias: True if vectors (norms, biases) decay as matrices do.
 
     Returns:
-        Groups named ``network`` and ``batchformer`` (with ``_no_decay`` twins if asked for), trained parameters only,
-        each in exactly one group; empty groups are left out.
+        Groups named ``network`` and ``batchformer``, and with ``decay_norm_and_bias=False`` also
+        ``network_no_decay`` and ``batchformer_no_decay``. Each trained parameter is in exactly one group; empty groups
+        are left out.
 
     Raises:
-        ValueError: For a negative number, a model without BatchFormer where a multiplier is given, or one without
+        ValueError: For a negative number, for a multiplier with a model without BatchFormer, or for a model without
             trained parameters.
 
     Example:
@@ -51,7 +52,7 @@ def param_groups(
     }
     if wrong := [f"{name}={value}" for name, value in numbers.items() if not value >= 0]:
         raise ValueError(f"Expected rates and multipliers of at least 0, got {', '.join(wrong)}.")
-    modules = [m for m in model.modules() if isinstance(m, BatchFormer)]
+    modules = [m for m in model.modules() if isinstance(m, MixedStream)]
     own = {id(p) for m in modules for p in m.parameters()}
     if not modules and (batchformer_lr_mult, batchformer_weight_decay_mult) != (1.0, 1.0):
         raise ValueError("Expected a model with a BatchFormer for these multipliers, found none. Call insert() first.")

@@ -6,10 +6,17 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from batchformer.core.modules import Layout
+
 
 @dataclass(frozen=True)
-class Place:
-    """A point of insertion: in front of, or behind, the module of that name."""
+class InsertionPoint:
+    """A place in a model where a module is inserted: before or after the module of that name.
+
+    Attributes:
+        name: Dotted name of the module in the model.
+        where: ``"before"`` mixes the input of that module, ``"after"`` its output.
+    """
 
     name: str
     where: Literal["before", "after"]
@@ -19,55 +26,56 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Once:
-    """A module that works once for both streams, inside a model whose inputs are doubled at the top.
+class RunOnce:
+    """A module that runs once for both streams, inside a model whose inputs are doubled at the top.
 
     Its named inputs, [plain; plain], are halved and its outputs repeated, so that nothing is computed twice.
 
     Attributes:
-        name: Of the module.
+        name: Dotted name of the module.
         inputs: Names of the inputs that are halved.
-        behind: Modules in front of it, of which any may be a place of insertion: from such a place on both streams
-            differ, and this module works on both.
-        rerun: Whether activation checkpointing may run it again, outside the model's own forward pass.
+        upstream: Names of modules that run before this one and may themselves be insertion points. After such a point
+            the two streams differ, so this module runs on both.
+        rerun: True if activation checkpointing may run it again, outside the model's own forward pass.
     """
 
     name: str
     inputs: tuple[str, ...]
-    behind: tuple[str, ...] = ()
+    upstream: tuple[str, ...] = ()
     rerun: bool = False
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Where the module goes and what must follow the doubled batch.
+class InsertionPlan:
+    """The points of an insertion, and what is doubled together with the batch.
 
     Attributes:
-        places: Points of insertion, in the order of the model.
-        companions: Module name -> names of keyword inputs that are doubled with the batch; ``""`` is the model
-            itself (its ``labels``, where it computes its own loss).
-        layer: Arguments of :class:`batchformer.BatchFormer` that this model needs (``layout`` for maps).
-        once: Where the model's own inputs are among the companions: what works once, in front of the first place.
-        padding: Reads the padding, boolean (rows, tokens), off the named inputs of the module at a place; ``None``
-            is no padding.
+        points: Points of insertion, in the order of the model.
+        doubled_inputs: Name of a module -> names of its keyword inputs that are doubled with the batch; ``""`` is the
+            model itself (its ``labels``, if it computes its own loss).
+        layout: Layout of the features at the points, if it is not the default.
+        run_once: Modules that run once for both streams, before the first point; only in models whose own inputs are
+            doubled.
+        padding: Function that reads the padding, boolean (rows, tokens), from the named inputs of the module at a
+            point; ``None`` if there is no padding.
         layered: Names of outputs whose first axis, or list, is not one of samples, see :func:`batchformer.split`.
     """
 
-    places: tuple[Place, ...]
-    companions: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    layer: dict[str, Any] = field(default_factory=dict)
-    once: tuple[Once, ...] = ()
+    points: tuple[InsertionPoint, ...]
+    doubled_inputs: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    layout: Layout | None = None
+    run_once: tuple[RunOnce, ...] = ()
     padding: Callable[[Mapping[str, Any]], Tensor | None] | None = None
     layered: tuple[str, ...] = ()
 
 
 class Adapter(Protocol):
-    """What a module of :mod:`batchformer.insertion.adapters` offers."""
+    """Interface of a module of :mod:`batchformer.insertion.adapters`, which knows the models of one library."""
 
-    def find_classifier(self, model: nn.Module) -> Plan:
-        """The plan for ``before="auto"``."""
+    def find_classifier(self, model: nn.Module) -> InsertionPlan:
+        """Plan an insertion before the classifier, for ``before="auto"``."""
         ...
 
-    def plan(self, model: nn.Module, places: tuple[Place, ...]) -> Plan:
-        """The plan for ``places``: what follows the batch when the module goes there."""
+    def plan(self, model: nn.Module, points: tuple[InsertionPoint, ...]) -> InsertionPlan:
+        """Plan an insertion at these points: what is doubled together with the batch."""
         ...

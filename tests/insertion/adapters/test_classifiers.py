@@ -221,7 +221,7 @@ def test_architecture(case: str) -> None:
         plain_eval = logits_of(model.eval(), images)
 
     handle = insert(model, before="auto", drop=0.0)
-    assert [place.name for place in handle.places] == places
+    assert [point.name for point in handle.points] == places
     assert all(f"before '{name}'" in str(describe(model)) for name in places)
     with torch.no_grad():
         assert logits_of(model, images).equal(plain_eval)

@@ -226,7 +226,7 @@ def test_nothing_in_front_of_the_point_is_computed_twice(detector: Build, scenes
         if not list(module.children()) and list(module.parameters(recurse=False)) and "batchformer" not in name:
             module.register_forward_pre_hook(count(name), with_kwargs=True)
     model(**batch)
-    front = [once.name for once in handle.plan.once]
+    front = [once.name for once in handle.plan.run_once]
     inside = {name: n for name, n in rows.items() if any(name.startswith(f"{part}.") or name == part for part in front)}
     assert len(inside) > 20
     assert set(inside.values()) == {3}
@@ -340,7 +340,7 @@ def test_forms_of_masks() -> None:
     assert padding_of({"hidden_states": hidden, "attention_mask": None}) is None
     assert padding_of({"hidden_states": hidden}) is None
     for mask, form in ((torch.zeros(2, 3, 3), r"shape \(2, 3, 3\)"), ("blocks", "str")):
-        with pytest.raises(TypeError, match=rf"got {form}. Take attn_implementation='sdpa' or 'eager', or .*'attend'"):
+        with pytest.raises(TypeError, match=rf"got {form}. Use attn_implementation='sdpa' or 'eager', or .*'attend'"):
             padding_of({"hidden_states": hidden, "attention_mask": mask})
 
 
@@ -387,7 +387,7 @@ def test_labels_doubled_before_are_refused(detector: Build, scenes: Build, kind:
     handle = insert(model, after=layers_of(model)[0], drop=0.0)
     name = "class_labels" if kind == "mask2former" else "labels"
     lists = {key: handle.expand(value) for key, value in batch.items() if isinstance(value, list)}
-    with pytest.raises(ValueError, match=f"{name} with one entry for each of the 2 samples, got 4.*doubled here"):
+    with pytest.raises(ValueError, match=f"{name} with one entry for each of the 2 samples, got 4.*doubled in the model"):
         model(**{**batch, name: lists[name]})
     with pytest.raises(ValueError, match="each of the 2 samples, got 1"):
         model(batch["pixel_values"], **{**{key: batch[key] for key in lists}, name: batch[name][:1]})
@@ -513,7 +513,7 @@ def test_description(detector: Build) -> None:
     ],
 )
 def test_other_places_are_refused(detector: Build, words: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"behind layers of the encoder of Detr.*some of \['model.encoder.layers.0'"):
+    with pytest.raises(ValueError, match=r"after layers of the encoder of Detr.*some of \['model.encoder.layers.0'"):
         insert(detector("detr"), **words)
 
 
@@ -534,7 +534,9 @@ def test_other_models_are_refused(detector: Build) -> None:
         text_config=transformers.BertConfig(**text, intermediate_size=32),
         **{"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 5, "num_feature_levels": 1},
     )
-    with pytest.raises(ValueError, match=r"takes images alone, but of the inputs \['vision_features'.*'text_features'"):
+    with pytest.raises(
+        ValueError, match=r"takes images alone, but .* also has the inputs \['vision_features'.*'text_features'"
+    ):
         insert(transformers.GroundingDinoForObjectDetection(config), after="model.encoder.layers.0")
 
 

@@ -45,7 +45,7 @@ def test_the_head_around_a_backbone_without_classifier() -> None:
             return out
 
     model = Mine()
-    assert [place.name for place in insert(model, before="auto").places] == ["head"]
+    assert [point.name for point in insert(model, before="auto").points] == ["head"]
     assert model(images()).shape == (2 * N, K)
 
 
@@ -56,7 +56,7 @@ def test_distilled_training_gives_both_heads_doubled() -> None:
     assert [out.shape for out in model(images())] == [(2 * N, K), (2 * N, K)]
     plain, mixed = handle.split(model(images()))
     assert [out.shape for out in (*plain, *mixed)] == [(N, K)] * 4
-    assert "weights shared by 2 places" in str(describe(model))
+    assert "weights shared by 2 points" in str(describe(model))
 
 
 def test_heads_of_several_widths() -> None:

@@ -48,7 +48,7 @@ def test_derived_classes() -> None:
         def __init__(self) -> None:
             super().__init__(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=K)
 
-    assert [place.name for place in insert(Mine(), before="auto").places] == ["fc"]
+    assert [point.name for point in insert(Mine(), before="auto").points] == ["fc"]
 
     class Offers(Mine):
         def __init__(self) -> None:
@@ -58,7 +58,7 @@ def test_derived_classes() -> None:
         def get_classifier(self) -> nn.Module:
             return self.other
 
-    assert [place.name for place in insert(Offers(), before="auto").places] == ["other"]
+    assert [point.name for point in insert(Offers(), before="auto").points] == ["other"]
 
 
 def googlenet() -> nn.Module:
@@ -84,7 +84,7 @@ def test_auxiliary_outputs_have_two_equal_halves(name: str) -> None:
     x = images(size).double()
     plain_outputs = model(x)
     handle = insert(model, before="auto", drop=0.0)
-    assert set(handle.plan.companions) == set(names)
+    assert set(handle.plan.doubled_inputs) == set(names)
     plain, mixed = handle.split(model(x))
     assert type(plain) is type(plain_outputs)
     for got, expected in zip(plain, plain_outputs, strict=True):
@@ -109,7 +109,7 @@ def test_auxiliary_heads_behind_the_point_see_doubled_rows_already(point: str, d
     model = googlenet()
     width = {"inception3a": 256, "inception4a": 512, "inception4b": 512, "inception5a": 832}[point]
     handle = insert(model, after=point, layout="BCHW", dim=width)
-    assert sorted(handle.plan.companions) == doubled
+    assert sorted(handle.plan.doubled_inputs) == doubled
     assert [out.shape for out in model(images(64))] == [(2 * N, K)] * 3
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from batchformer import describe, insert
+from batchformer.core.streams import MixedStream
+from batchformer.insertion.insert import insert_module
 
 transformers = pytest.importorskip("transformers")
 
@@ -21,6 +23,11 @@ VIT = {
     "patch_size": 16,
     "num_labels": K,
 }
+
+
+class Copy(MixedStream):
+    def mix(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        return x
 
 
 def vit(**settings: Any) -> Any:
@@ -58,7 +65,7 @@ def test_the_trainers_count_of_samples_follows(count: object) -> None:
     model = vit().train()
     x, labels = images(), torch.arange(N)
     expected = model(x, labels=labels, num_items_in_batch=count).loss
-    insert(model, before="auto", attend="nothing", drop=0.0)  # both halves equal: the loss must not change
+    insert_module(model, lambda width, layout: Copy(), before="auto")  # both halves equal: the loss must not change
     torch.testing.assert_close(model(x, labels=labels, num_items_in_batch=count).loss, expected)
 
 
@@ -168,7 +175,7 @@ def test_a_wrapped_timm_model() -> None:
     )
     model = transformers.TimmWrapperForImageClassification(config).train()
     handle = insert(model, before="auto")
-    assert [place.name for place in handle.places] == ["timm_model.head"]
+    assert [point.name for point in handle.points] == ["timm_model.head"]
     assert model(images(), labels=torch.arange(N)).logits.shape == (2 * N, K)
 
 
@@ -214,5 +221,5 @@ def test_own_models_offer_their_classifier() -> None:
             return out
 
     model = Mine(transformers.ViTConfig())
-    assert [place.name for place in insert(model, before="auto").places] == ["top"]
+    assert [point.name for point in insert(model, before="auto").points] == ["top"]
     assert model(torch.randn(N, 4)).shape == (2 * N, K)

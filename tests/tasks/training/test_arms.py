@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from batchformer.tasks.training.arms import ARMS, insert_arm
+from batchformer import describe, param_groups
+from batchformer.tasks.training.arms import ARMS, DropoutStream, insert_arm
 
 N, C, K = 6, 8, 3
 
@@ -74,6 +75,28 @@ def test_which_rows_an_arm_mixes() -> None:
     assert not torch.allclose(rows("self_only", x)[N:], plain)
     torch.testing.assert_close(rows("duplicate", x)[N:], plain)
     assert not torch.allclose(rows("duplicate", x, drop=0.5)[N:], plain)  # dropout alone
+
+
+def test_the_duplicate_is_dropout_alone() -> None:
+    """Without parameters, off in an evaluation with the batch attention on, and visible in the description."""
+    model, x = net(), torch.randn(300, 4)
+    handle = insert_arm(model, "duplicate", before="2", num_heads=2)
+    assert handle is not None
+    stream = handle.modules[0]
+    assert isinstance(stream, DropoutStream) and not list(stream.parameters())
+    features = torch.randn(300, C)
+    kept = (out := stream(features))[300:] != 0
+    assert torch.equal(out[:300], features)
+    assert torch.equal(out[300:][kept], 2 * features[kept])
+    assert 0.4 < float(kept.float().mean()) < 0.6
+    assert "DropoutStream before '2': dropout 0.5 alone, two_stream" in str(describe(model))
+    model.eval()
+    plain, mixed = handle.evaluate_in_batch(x, labels=torch.arange(300))
+    torch.testing.assert_close(mixed, plain)
+    assert not stream.training and stream.dropout.p == 0.5
+    assert param_groups(model, lr=1.0, batchformer_lr_mult=0.1)[0]["name"] == "network"
+    with pytest.raises(TypeError, match="unexpected keyword argument 'heads'"):
+        insert_arm(net(), "duplicate", before="2", heads=2)
 
 
 def test_with_the_mixed_stream_alone_the_duplicate_still_has_two() -> None:

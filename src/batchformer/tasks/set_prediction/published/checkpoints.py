@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from batchformer.core.modules import BatchFormer
-from batchformer.insertion.hooks import points_in
+from batchformer.insertion.hooks import hooks_in
 
 Kind = Literal["detr", "conditional_detr", "deformable_detr"]
 Status = Literal["loaded", "left out", "new", "none"]
@@ -365,9 +365,9 @@ def _batchformers(model: nn.Module) -> dict[str, list[int]]:
     """Name of each inserted module -> numbers of the encoder layers it is behind."""
     names = {id(module): name for name, module in model.named_modules() if isinstance(module, BatchFormer)}
     modules: dict[str, list[int]] = {}
-    for point in points_in(model):
-        number = point.place.name.rpartition(".")[2]
-        modules.setdefault(names[id(point.module)], []).append(int(number))
+    for hook in hooks_in(model):
+        number = hook.point.name.rpartition(".")[2]
+        modules.setdefault(names[id(hook.module)], []).append(int(number))
     return modules
 
 
