@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
-from batchformer.tasks.detection.metrics import detections
 from batchformer.tasks.detection.predict import draw, predict
 from batchformer.tasks.detection.restore import exportable, load_network
 from batchformer.tasks.detection.settings import NetworkSettings
 from batchformer.tasks.detection.task import DetectionTask
+from batchformer.tasks.set_prediction.postprocess import detections
 
 Make = Callable[..., Any]
 
@@ -49,7 +49,7 @@ def test_results_are_coco_s(detector: str, run: Make, folder: Path, tmp_path: Pa
 
 def test_boxes_are_those_that_the_test_scores(run: Make, data: Make, folder: Path, tmp_path: Path) -> None:
     where = run()
-    network, facts, _ = load_network(where)
+    network, facts, _, _ = load_network(where)
     batch = next(iter(data(eval_batch_size=1).val_dataloader()))
     with torch.no_grad():
         output = network(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"])
@@ -143,10 +143,22 @@ def test_a_run_of_an_earlier_version_is_not_read(run: Make) -> None:
     where = run()
     path = where / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
-    del checkpoint["detection"]["data"]["pad_to"]
+    del checkpoint["detection"]["facts"]["pad_to"]
     torch.save(checkpoint, path)
-    with pytest.raises(ValueError, match=r"of this version of batchformer.*train it again"):
+    with pytest.raises(ValueError, match=r"older version of batchformer.*train it again"):
         load_network(where)
     task = DetectionTask(NetworkSettings())
-    with pytest.raises(ValueError, match=r"of this version of batchformer.*train it again"):
+    with pytest.raises(ValueError, match=r"older version of batchformer.*train it again"):
         task.on_load_checkpoint(checkpoint)
+
+
+def test_a_run_from_before_stages_is_read(run: Make) -> None:
+    where = run()
+    path = where / "checkpoints" / "last.ckpt"
+    checkpoint, before = torch.load(path, weights_only=True), load_network(where)
+    today = checkpoint["detection"]
+    checkpoint["detection"] = {"network": today["settings"]["network"], "data": today["facts"]}
+    torch.save(checkpoint, path)
+    after = load_network(where)
+    assert (after.facts, after.settings, after.stage) == (before.facts, before.settings, "train")
+    DetectionTask.checkpoint.read(where)

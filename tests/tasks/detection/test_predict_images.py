@@ -14,10 +14,11 @@ from batchformer.data.coco import open_split
 from batchformer.data.detection_transforms import CocoDetection, collate, eval_transform
 from batchformer.data.errors import DataError
 from batchformer.tasks.detection.predict import predict
-from batchformer.tasks.detection.restore import DataFacts, Restored
 from batchformer.tasks.detection.settings import NetworkSettings
+from batchformer.tasks.set_prediction.restore import CocoFacts
+from batchformer.tasks.training.checkpoint import Restored
 
-FACTS = DataFacts(["car"], [1], [3], size=32, max_size=64, pad_to=1)
+FACTS = CocoFacts(["car"], [3], [1], size=32, max_size=64, pad_to=1)
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         pixels.append(pixel_values)
         return SimpleNamespace(logits=torch.zeros(1, 1, 1), pred_boxes=torch.tensor([[[0.5, 0.5, 0.4, 0.4]]]))
 
-    restored = Restored(network, FACTS, NetworkSettings("deformable_detr"))
+    restored = Restored(network, FACTS, NetworkSettings("deformable_detr"), "train")
     monkeypatch.setattr("batchformer.tasks.detection.predict.load_network", lambda run: restored)
     return pixels
 

@@ -7,8 +7,9 @@ from PIL import Image
 from batchformer.tasks.panoptic.drawing import draw, side_by_side
 from batchformer.tasks.panoptic.maps import PanopticMap
 from batchformer.tasks.panoptic.predict import segments_of
-from batchformer.tasks.panoptic.restore import DataFacts, Restored
-from batchformer.tasks.panoptic.settings import NetworkSettings, PostprocessSettings
+from batchformer.tasks.panoptic.restore import PanopticFacts
+from batchformer.tasks.panoptic.settings import NetworkSettings, PanopticSettings, PostprocessSettings
+from batchformer.tasks.training.checkpoint import Restored
 
 
 def test_classes_have_their_colours_and_void_keeps_the_image() -> None:
@@ -66,9 +67,9 @@ def test_trained_on_squares_it_predicts_on_squares(pad_to: int, expected: tuple[
         assert int(pixel_mask.sum()) == 32 * 64, "the rest is padding"
         raise _Seen
 
-    facts = DataFacts(["cat"], [1], [True], [3], size=64, max_size=64, pad_to=pad_to)
+    facts = PanopticFacts(["cat"], [3], [1], size=64, max_size=64, pad_to=pad_to, is_thing=[True])
     with pytest.raises(_Seen):
         segments_of(
-            Restored(network, "masks", facts, NetworkSettings(), PostprocessSettings()),
+            Restored(network, facts, PanopticSettings(NetworkSettings(), PostprocessSettings()), "masks"),
             Image.new("RGB", (200, 100)),
         )

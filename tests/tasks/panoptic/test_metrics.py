@@ -200,14 +200,16 @@ def test_mask_ap_counts_things_and_leaves_crowds_out() -> None:
     pixels[:10, :10], pixels[:10, 10:], pixels[10:] = 1, 2, 3
     truth = Picture(pixels, {1: (0, False), 2: (0, True), 3: (2, False)}).map()
     metrics = PanopticMetrics(IS_THING)
+    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+
+    def mask_ap(found: Instances) -> float:
+        metrics.reset()
+        metrics.update([{**none, "scores": torch.zeros(0)}], [{**none, "image_id": 1}], [(truth, found, truth)])
+        return float(metrics.compute()["mask_AP"])
+
     # The best guess is right; one on the crowd, which is no error; nobody asks for stuff.
     found = Instances(truth.masks_SHW[:2], torch.tensor([0.9, 0.95]), torch.tensor([0, 0]))
-    metrics.update_maps([truth], [found], [truth], image_ids=[1])
-    assert float(metrics.compute()["mask_AP"]) == pytest.approx(1.0)
-    metrics.reset()
+    assert mask_ap(found) == pytest.approx(1.0)
     wrong = Instances(truth.masks_SHW[2:], torch.tensor([0.9]), torch.tensor([0]))
-    metrics.update_maps([truth], [wrong], [truth], image_ids=[1])
-    assert float(metrics.compute()["mask_AP"]) == 0.0
-    metrics.reset()
-    metrics.update_maps([truth], [Instances(*(part[:0] for part in wrong))], [truth], image_ids=[1])
-    assert float(metrics.compute()["mask_AP"]) == 0.0, "nothing found is no better than wrong"
+    assert mask_ap(wrong) == 0.0
+    assert mask_ap(Instances(*(part[:0] for part in wrong))) == 0.0, "nothing found is no better than wrong"

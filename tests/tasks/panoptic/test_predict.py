@@ -12,13 +12,14 @@ from PIL import Image
 
 from batchformer.data.coco import open_split
 from batchformer.data.detection_transforms import CocoDetection, collate, eval_transform
+from batchformer.tasks.panoptic.drawing import KeptMaps
 from batchformer.tasks.panoptic.maps import PanopticMap
 from batchformer.tasks.panoptic.predict import predict
-from batchformer.tasks.panoptic.restore import DataFacts, Restored
-from batchformer.tasks.panoptic.settings import NetworkSettings, PostprocessSettings
-from batchformer.tasks.panoptic.task import PanopticTask
+from batchformer.tasks.panoptic.restore import PanopticFacts
+from batchformer.tasks.panoptic.settings import NetworkSettings, PanopticSettings, PostprocessSettings
+from batchformer.tasks.training.checkpoint import Restored
 
-FACTS = DataFacts(["sky"], [1], [False], [3], size=32, max_size=64, pad_to=1)
+FACTS = PanopticFacts(["sky"], [3], [1], size=32, max_size=64, pad_to=1, is_thing=[False])
 
 
 @pytest.fixture
@@ -30,8 +31,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         pixels.append(pixel_values)
         return SimpleNamespace(logits=torch.zeros(1, 1, 1), pred_masks=torch.ones(1, 1, 8, 8))
 
-    settings, postprocess = NetworkSettings("conditional_detr"), PostprocessSettings(threshold=0.4)
-    restored = Restored(network, "masks", FACTS, settings, postprocess)
+    settings = PanopticSettings(NetworkSettings("conditional_detr"), PostprocessSettings(threshold=0.4))
+    restored = Restored(network, FACTS, settings, "masks")
     monkeypatch.setattr("batchformer.tasks.panoptic.predict.load_network", lambda run: restored)
     return pixels
 
@@ -65,10 +66,10 @@ def test_the_network_is_given_what_the_test_gives_it(folder: Path, seen: list[to
 
 def test_pictures_of_the_test_show_what_the_network_saw(folder: Path) -> None:
     void = PanopticMap.of(torch.zeros(30, 40, dtype=torch.int64), [], [])
-    task = PanopticTask()
-    task.facts = FACTS
-    task.drawn = [(str(folder / "val" / "alpha.png"), void, void)]
-    task._draw(folder / "pictures")
+    pictures = KeptMaps(1)
+    pictures.add([str(folder / "val" / name) for name in ("alpha.png", "deep.png")], [(void, None, void)] * 2)
+    pictures.write(folder / "pictures", FACTS, "plain")
+    assert [path.name for path in (folder / "pictures").glob("*.png")] == ["alpha.png"]
     with Image.open(folder / "pictures" / "given" / "alpha.png") as picture:
         assert picture.getpixel((10, 150)) == (255, 255, 255), "transparent is white"
 
@@ -93,4 +94,5 @@ def stricter(threshold: float) -> Callable[[Path], Restored]:
     from batchformer.tasks.panoptic import predict as module
 
     restored = module.load_network(Path())
-    return lambda run: restored._replace(postprocess=PostprocessSettings(threshold=threshold))
+    settings = restored.settings._replace(postprocess=PostprocessSettings(threshold=threshold))
+    return lambda run: restored._replace(settings=settings)

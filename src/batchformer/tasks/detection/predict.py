@@ -1,20 +1,17 @@
-"""Boxes on images of one's own, drawn and as COCO's results."""
+"""Detection on the user's own images: boxes drawn, and in COCO's format of results."""
 
-import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from batchformer.data.coco_layout import file_ids
-from batchformer.data.detection_transforms import collate, eval_transform, read_image
+from batchformer.tasks.set_prediction.postprocess import detections
+from batchformer.tasks.set_prediction.predict import Found, ImageFile, check_threshold, outputs_of, predict_files
+from batchformer.tasks.set_prediction.settings import KINDS
 
-from .metrics import detections
-from .restore import Restored, load_network
+from .restore import load_network
 
 __all__ = ["draw", "predict"]
 
@@ -39,8 +36,8 @@ def predict(run: Path, images: Sequence[Path], out: Path, *, threshold: float = 
         run: Run folder.
         images: Image files.
         out: Folder; gets ``<image>.png`` with boxes, and ``detections.json``: COCO's results format with ``image_id``
-            (:func:`batchformer.data.coco_layout.file_ids`), ``category_id``,
-            ``bbox`` (x, y, width, height in pixels), ``score`` and also ``file_name``.
+            (:func:`batchformer.data.coco_layout.file_ids`), ``category_id``, ``bbox`` (x, y, width, height in pixels)
+            and ``score``, and also ``file_name``.
         threshold: Least score of a box, in 0..1.
 
     Returns:
@@ -53,59 +50,40 @@ def predict(run: Path, images: Sequence[Path], out: Path, *, threshold: float = 
     Warns:
         UserWarning: When no image has a box.
     """
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"Expected a threshold in 0..1, got {threshold}.")
+    check_threshold(threshold)
     restored = load_network(run)
-    facts = restored.facts
-    out.mkdir(parents=True, exist_ok=True)
-    results: list[dict[str, Any]] = []
-    written: list[Path] = []
-    ids = file_ids(images)
-    for number, file in enumerate(images, 1):
-        image = read_image(file)
-        found = _detect(restored, image)
+    kind, facts = KINDS[restored.settings.detector], restored.facts
+
+    def find(file: ImageFile) -> Found:
+        batch, output = outputs_of(restored, file.image)
+        sizes = batch["labels"][0]["orig_size"][None]
+        found = detections(output.logits, output.pred_boxes, sizes, kind)[0]
         keep = found["scores"] >= threshold
         found = {name: value[keep] for name, value in found.items()}
-        picture = draw(image, found, facts.classes)
-        path = out / f"{file.stem}.png"
-        if path in written:  # of images with the same name in two folders
-            path = out / f"{file.stem}-{number}.png"
-        picture.save(path)
-        written.append(path)
-        results += _coco_results(found, facts.category_ids, ids[number - 1], file.name)
-    if images and not results:
-        warnings.warn(
-            f"No box with a score of {threshold:g} or more in {_count(images)}: lower --threshold, or train longer.",
-            stacklevel=2,
-        )
-    listing = out / "detections.json"
-    listing.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return [*written, listing]
+        records = _coco_results(found, facts.category_ids, file.image_id, file.path.name)
+        return Found({file.name: draw(file.image, found, facts.classes)}, records, len(records))
 
-
-def _count(images: Sequence[Path]) -> str:
-    return "1 image" if len(images) == 1 else f"{len(images)} images"
-
-
-def _detect(restored: Restored, image: Image.Image) -> dict[str, Tensor]:
-    facts = restored.facts
-    pixels, label = eval_transform(facts.size, facts.max_size)(image, {})
-    batch = collate([(pixels, label)], multiple=facts.pad_to)
-    with torch.inference_mode():
-        output = restored.network(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"])
-    return detections(output.logits, output.pred_boxes, label["orig_size"][None], restored.kind)[0]
+    nothing = f"No box with a score of {threshold:g} or more"
+    return predict_files(images, out, find, listing="detections.json", nothing=nothing)
 
 
 def draw(image: Image.Image, found: dict[str, Tensor], classes: Sequence[str]) -> Image.Image:
-    """Draw boxes with class and score; the best on top.
+    """Draw boxes with class and score; the box with the best score lies on top.
 
     Args:
         image: Picture.
-        found: ``boxes`` (D, 4) x1, y1, x2, y2 in its pixels, ``labels`` (D,), and ``scores`` (D,) where there are any.
-        classes: Names by class index.
+        found: ``boxes`` (D, 4), x1, y1, x2, y2 in pixels of the picture; ``labels`` (D,); and ``scores`` (D,), best
+            first, where there are any.
+        classes: Name of each class, by class index.
 
     Returns:
-        A new picture, small ones enlarged so that the words can be read.
+        A new picture; small pictures are enlarged so that the words can be read.
+
+    Example:
+        >>> from torch import tensor
+        >>> found = {"boxes": tensor([[10.0, 20.0, 40.0, 50.0]]), "labels": tensor([1]), "scores": tensor([0.9])}
+        >>> draw(Image.new("RGB", (64, 64)), found, ["cat", "dog"]).size
+        (512, 512)
     """
     factor = max(1, round(480 / max(image.size)))
     picture = image.convert("RGB").resize((image.width * factor, image.height * factor))

@@ -5,15 +5,18 @@ Axis letters: H, W pixels, S segments.
 
 import colorsys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import distance_transform_edt
 
+from batchformer.data.detection_transforms import read_image
+
 from .maps import PanopticMap
 
-__all__ = ["draw", "side_by_side"]
+__all__ = ["KeptMaps", "draw", "side_by_side"]
 
 _GOLDEN = 0.61803398875
 _LEAST = 320
@@ -91,6 +94,45 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
         row.paste(picture, (left, title))
         left += picture.width + gap
     return row
+
+
+class KeptMaps:
+    """Maps of the first test images, which are drawn when the test is over.
+
+    Args:
+        most: Number of images that are kept.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.kept: list[tuple[Path, PanopticMap, PanopticMap]] = []
+
+    def add(self, files: Sequence[str], maps: Sequence[tuple[PanopticMap, Any, PanopticMap]]) -> None:
+        """Keep maps of a batch, unless enough are kept.
+
+        Args:
+            files: Image files.
+            maps: For each image its predicted map, its instances and its true map; empty for a detector alone.
+        """
+        for file, (predicted, _, truth) in zip(files, maps, strict=False):
+            if len(self.kept) < self.most:
+                self.kept.append((Path(file), truth, predicted))
+
+    def write(self, folder: Path, facts: Any, title: str) -> None:
+        """Draw what was kept and forget it.
+
+        Args:
+            folder: Gets ``<image>.png`` with the predicted map, and ``given/<image>.png`` with image and true map.
+            facts: Facts about the data, with ``classes`` and ``is_thing``.
+            title: Title of the predicted maps.
+        """
+        for file, truth, predicted in self.kept:
+            (folder / "given").mkdir(parents=True, exist_ok=True)
+            image = read_image(file)
+            true, found = (draw(image, one, facts.classes, facts.is_thing) for one in (truth, predicted))
+            side_by_side([("image", image), ("truth", true)]).save(folder / "given" / f"{file.stem}.png")
+            side_by_side([(title, found)]).save(folder / f"{file.stem}.png")
+        self.kept.clear()
 
 
 def _colours(labels: Sequence[int], is_thing: Sequence[bool]) -> list[tuple[float, float, float]]:

@@ -1,7 +1,6 @@
 """The loss of both stages: the terms of set prediction that the stage can learn from."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 from batchformer.tasks.set_prediction.criterion import SetCriterion, build_criterion
 from batchformer.tasks.set_prediction.settings import KINDS
@@ -15,7 +14,7 @@ def stage_criterion(
     settings: LossSettings,
     detector: Detector,
     num_classes: int,
-    stage: Literal["detector", "masks"],
+    stage: str,
     *,
     two_streams: bool | Callable[[], bool] = False,
     stream_weights: Sequence[float] = (1.0, 1.0),
@@ -29,7 +28,7 @@ def stage_criterion(
         settings: Weights of the terms; those of class and boxes are the costs of the matching too.
         detector: Name of the detector.
         num_classes: K, number of classes, things and stuff together.
-        stage: Part of the network that learns.
+        stage: Name of the stage, ``detector`` or ``masks``.
         two_streams: Whether the rows are [plain; mixed], or a function that tells.
         stream_weights: Weights of the plain and of the mixed stream.
 

@@ -4,18 +4,32 @@ Axis letters: K classes, T true segments of an image, S predicted ones; 0 along 
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
 from batchformer.tasks.set_prediction.average_precision import AveragePrecision
+from batchformer.tasks.training.contract import Measure
 
 from .maps import PanopticMap
 from .postprocess import Instances
 
-__all__ = ["PanopticMetrics", "PanopticQuality", "segment_matches"]
+__all__ = ["MEASURES", "PanopticMetrics", "PanopticQuality", "segment_matches"]
+
+MEASURES = (
+    *(Measure(name, name) for name in ("PQ", "SQ", "RQ")),
+    Measure("PQ_things", "PQ things", part="things"),
+    *(Measure(f"{name}_things", f"{name} things") for name in ("SQ", "RQ")),
+    Measure("PQ_stuff", "PQ stuff", part="stuff"),
+    *(Measure(f"{name}_stuff", f"{name} stuff") for name in ("SQ", "RQ")),
+    Measure("mask_AP", "mask AP"),
+    Measure("mask_AP50", "mask AP50"),
+    Measure("box_AP", "box AP"),
+    Measure("box_AP50", "box AP50"),
+)
+"""All figures of a panoptic run, in the order of tables."""
 
 
 class Matches(dict[str, Tensor]):
@@ -156,71 +170,73 @@ class PanopticQuality(Metric):
         return {**result, "per_class": values["PQ"]}
 
 
-class PanopticMetrics(nn.Module):
-    """What a panoptic run reports of a split: panoptic quality, and COCO's AP of the masks and boxes of things.
+class PanopticMetrics(Metric):
+    """Metrics of a split: panoptic quality, and COCO's AP of the masks and boxes of things.
 
     Args:
-        is_thing: Of each class.
+        is_thing: For each class, whether it is countable; False for stuff.
 
     Example:
         >>> metrics = PanopticMetrics([True, False])
         >>> truth = PanopticMap.of(torch.tensor([[1, 1, 2, 2]]), [1, 2], [0, 1])
-        >>> found = Instances(truth.masks_SHW[:1], torch.ones(1), torch.zeros(1, dtype=torch.long))
-        >>> metrics.update_maps([truth], [found], [truth], image_ids=[7])
+        >>> things = Instances(truth.masks_SHW[:1], torch.ones(1), torch.zeros(1, dtype=torch.long))
+        >>> box = {"boxes": torch.tensor([[0.0, 0.0, 2.0, 1.0]]), "labels": torch.tensor([0])}
+        >>> metrics.update([{**box, "scores": torch.ones(1)}], [{**box, "image_id": 7}], [(truth, things, truth)])
         >>> values = metrics.compute()
-        >>> float(values["PQ"]), round(float(values["mask_AP"]), 3)
-        (1.0, 1.0)
+        >>> float(values["PQ"]), round(float(values["mask_AP"]), 3), round(float(values["box_AP"]), 3)
+        (1.0, 1.0, 1.0)
     """
 
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+
     def __init__(self, is_thing: Sequence[bool]) -> None:
-        super().__init__()
+        # The parts gather over processes by themselves.
+        super().__init__(sync_on_compute=False)
         self.is_thing = list(is_thing)
         self.quality = PanopticQuality(is_thing)
-        self.precision = nn.ModuleDict(
-            {"mask": AveragePrecision(len(self.is_thing), "masks"), "box": AveragePrecision(len(self.is_thing))}
-        )
+        self.boxes = AveragePrecision(len(self.is_thing))
+        self.masks = AveragePrecision(len(self.is_thing), "masks")
 
-    def update_boxes(self, found: Sequence[dict[str, Tensor]], truths: Sequence[dict[str, Any]]) -> None:
-        """Add images by what a detector alone says of them; classes that are stuff are left out.
+    def update(
+        self,
+        boxes: Sequence[dict[str, Tensor]],
+        true_boxes: Sequence[dict[str, Any]],
+        maps: Sequence[tuple[PanopticMap, Instances, PanopticMap]] = (),
+    ) -> None:
+        """Add images.
 
         Args:
-            found: ``scores``, ``labels``, ``boxes``, as from ``set_prediction.average_precision.detections``.
-            truths: ``image_id``, ``labels``, ``boxes``, and where known ``area`` and ``iscrowd``.
+            boxes: For each image ``scores``, ``labels`` and ``boxes``, from
+                :func:`batchformer.tasks.set_prediction.postprocess.detections`; boxes of stuff are left out here.
+            true_boxes: For each image ``image_id``, ``labels``, ``boxes``, and where known ``area`` and ``iscrowd``.
+            maps: For each image its predicted map, its instances and its true map; empty for a detector alone.
         """
-        self._precision("box").update([self._things(one) for one in found], [self._things(one) for one in truths])
-
-    def update_maps(
-        self,
-        predicted: Sequence[PanopticMap],
-        found: Sequence[Instances],
-        truth: Sequence[PanopticMap],
-        *,
-        image_ids: Sequence[int],
-    ) -> None:
-        """Add images: their predicted maps, their instances, their true maps."""
-        self.quality.update(predicted, truth)
+        self.boxes.update([self._things(one) for one in boxes], [self._things(one) for one in true_boxes])
+        if not maps:
+            return
+        self.quality.update([predicted for predicted, _, _ in maps], [truth for _, _, truth in maps])
         names = ("masks", "scores", "labels")
         truths = []
-        for number, answer in zip(image_ids, truth, strict=True):
-            whole = {"masks": answer.masks_SHW, "labels": answer.labels_S, "iscrowd": answer.iscrowd_S.int()}
-            truths.append({"image_id": number, **self._things(whole)})
-        self._precision("mask").update([dict(zip(names, one, strict=True)) for one in found], truths)
+        for image, (_, _, truth) in zip(true_boxes, maps, strict=True):
+            whole = {"masks": truth.masks_SHW, "labels": truth.labels_S, "iscrowd": truth.iscrowd_S.int()}
+            truths.append({"image_id": image["image_id"], **self._things(whole)})
+        self.masks.update([dict(zip(names, things, strict=True)) for _, things, _ in maps], truths)
 
     def _things(self, image: dict[str, Any]) -> dict[str, Any]:
         keep = torch.tensor(self.is_thing, device=image["labels"].device)[image["labels"]]
         return {name: value if name == "image_id" else value[keep] for name, value in image.items()}
 
-    def _precision(self, kind: str) -> AveragePrecision:
-        return cast(AveragePrecision, self.precision[kind])
-
     def compute(self) -> dict[str, Tensor]:
-        """All of `PanopticQuality.compute`; ``mask_AP``, ``mask_AP50``, ``box_AP``, ``box_AP50`` of things.
+        """Compute the figures.
 
-        What no image was added for is left out.
+        Returns:
+            All of `PanopticQuality.compute`, and ``mask_AP``, ``mask_AP50``, ``box_AP``, ``box_AP50`` of things. What
+            no image was added for is left out.
         """
-        values = self.quality.compute() if self._precision("mask").ids else {}
-        for kind in self.precision:
-            metric = self._precision(kind)
+        values = self.quality.compute() if self.masks.ids else {}
+        for kind, metric in (("mask", self.masks), ("box", self.boxes)):
             if metric.ids:
                 found = metric.compute()
                 values |= {f"{kind}_AP": found["AP"], f"{kind}_AP50": found["AP50"]}
@@ -228,6 +244,6 @@ class PanopticMetrics(nn.Module):
 
     def reset(self) -> None:
         """Forget all images."""
-        self.quality.reset()
-        for kind in self.precision:
-            self._precision(kind).reset()
+        super().reset()
+        for part in (self.quality, self.boxes, self.masks):
+            part.reset()

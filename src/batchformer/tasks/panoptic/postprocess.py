@@ -14,7 +14,7 @@ from batchformer.tasks.set_prediction.matching import Kind
 
 from .maps import PanopticMap
 
-__all__ = ["Frame", "Instances", "instances", "masks_at", "panoptic_map"]
+__all__ = ["Frame", "Instances", "batch_maps", "instances", "masks_at", "panoptic_map"]
 
 
 class Frame(NamedTuple):
@@ -179,3 +179,23 @@ def instances(
     scores_Q, labels_Q = (logits_QK.softmax(-1)[:, :-1] if kind == "softmax" else logits_QK.sigmoid()).max(-1)
     keep_Q = is_thing_K.to(labels_Q.device)[labels_Q]
     return Instances(masks_at(masks_Qhw[keep_Q], frame) > 0, scores_Q[keep_Q], labels_Q[keep_Q])
+
+
+def batch_maps(
+    output: Any, batch: Mapping[str, Any], is_thing_K: Tensor, *, kind: Kind = "softmax", **settings: Any
+) -> list[tuple[PanopticMap, Instances]]:
+    """Return the panoptic map and the instances of every image of a batch.
+
+    Args:
+        output: Output of the network, with ``logits`` (B, Q, K) and ``pred_masks`` (B, Q, h, w).
+        batch: Batch of B images; see :meth:`Frame.of`.
+        is_thing_K: ``(K,)`` bool: True for countable classes, False for stuff.
+        kind: Rule by which logits become scores.
+        **settings: ``threshold`` and ``smallest`` of :func:`panoptic_map`.
+    """
+    found = []
+    for row in range(len(batch["labels"])):
+        logits, masks, frame = output.logits[row], output.pred_masks[row], Frame.of(batch, row)
+        whole = panoptic_map(logits, masks, frame, is_thing_K, kind=kind, **settings)
+        found.append((whole, instances(logits, masks, frame, is_thing_K, kind=kind)))
+    return found

@@ -1,7 +1,7 @@
 """The settings of a panoptic run, as recipes spell them."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from batchformer.tasks.set_prediction.backbone import BackboneSettings
 from batchformer.tasks.set_prediction.settings import DetectorSettings, SetLossSettings
@@ -43,38 +43,35 @@ class LossSettings(SetLossSettings):
 
 
 @dataclass
-class StageSettings:
-    """The detector, the mask head on the frozen detector, or one after the other in one run.
+class MaskSettings:
+    """The second stage, in which a mask head learns on the frozen detector of the first.
 
     Attributes:
-        name: ``detector``, ``masks``, or ``both``.
-        detector_epochs: Of ``both``: so many of ``trainer.max_epochs`` go to the detector, the rest to the mask head.
-        start_from: Of ``masks``: run folder or checkpoint of the detector.
-        batchformer: Whether the module, frozen with the detector, stays in place while the mask head learns: then the
+        batchformer: Whether BatchFormer, frozen with the detector, stays in place while the mask head learns: then the
             mask head sees both streams.
-        start: The mask head's initial weights: as ``published``, for hundreds of thousands of steps, or ``balanced`` on
-            the first batch, for hundreds: see `balance`.
-        lr: Of the mask head.
-        milestones: Of the mask head, with the schedule ``step``: epochs from its start at which the rate falls.
+        start: Initial weights of the mask head: ``published``, from which it learns in hundreds of thousands of steps,
+            or ``balanced`` on the first batch, from which it learns in hundreds: see `balance`.
     """
 
-    name: Literal["both", "detector", "masks"] = "both"
-    detector_epochs: int = 1
-    start_from: str | None = None
     batchformer: bool = True
     start: Literal["published", "balanced"] = "balanced"
-    lr: float = 1e-4
-    milestones: list[int] = field(default_factory=list)
 
 
 @dataclass
 class PostprocessSettings:
-    """From queries to a panoptic map.
+    """The way from queries to a panoptic map.
 
     Attributes:
         threshold: Least confidence of a query, in 0..1.
-        smallest: Segments of so many pixels or fewer are dropped.
+        smallest: Number of pixels up to which a segment is dropped.
     """
 
     threshold: float = 0.85
     smallest: int = 4
+
+
+class PanopticSettings(NamedTuple):
+    """Settings of a trained network, and of the way from its queries to a map."""
+
+    network: NetworkSettings
+    postprocess: PostprocessSettings

@@ -1,81 +1,107 @@
-"""From one stage to the next: the detector of another run, and a mask head on a detector."""
+"""The second stage: a mask head on the detector of the first stage, and the BatchFormer that was trained with it."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from batchformer.data.samplers import derive_seed
 from batchformer.insertion import Handle
-from batchformer.tasks.training.settings import BatchFormerSettings, insert_plug_in
+from batchformer.tasks.set_prediction.restore import stored_settings
+from batchformer.tasks.training.settings import BatchFormerSettings, insert_from_settings
 
 from .model import build_network, detector_inside, with_masks
-from .restore import DataFacts, read_checkpoint
+from .restore import FORMAT
 from .settings import NetworkSettings
 
-__all__ = ["add_mask_head", "detector_of"]
+__all__ = ["STAGES", "MaskNetwork", "insert_frozen", "mask_network"]
 
 
-def detector_of(
-    run: str, facts: DataFacts, plug_in: BatchFormerSettings | None
-) -> tuple[NetworkSettings, nn.Module, Handle | None]:
-    """The detector that another run trained, with its BatchFormer where it is wanted.
+STAGES = {
+    "detector": "The detector learns the boxes of all segments.",
+    "masks": "The mask head learns on the frozen detector.",
+}
+"""Stages that a recipe can list."""
+
+
+class MaskNetwork(NamedTuple):
+    """A detector that a first stage has trained, with a new mask head on it.
+
+    Attributes:
+        settings: Settings of the detector.
+        network: Plain network; only the mask head trains.
+        batchformer: State dict of the BatchFormer modules, named as in the detector; empty for the plain arm.
+    """
+
+    settings: NetworkSettings
+    network: Any
+    batchformer: dict[str, Tensor]
+
+
+def mask_network(start: Path | None, classes: list[str], seed: int) -> MaskNetwork:
+    """Put a new mask head on a trained detector.
 
     Args:
-        run: Run folder or checkpoint.
-        facts: Of the data at hand.
-        plug_in: The module and the arm; ``None`` for the plain detector.
-
-    Returns:
-        Settings, detector and handle.
+        start: Checkpoint of the detector, or of a mask head on it that is left out.
+        classes: Classes of the data at hand.
+        seed: Seed of the run, from which the mask head's initial weights follow.
 
     Raises:
-        FileNotFoundError: When there is no checkpoint.
-        ValueError: When it is of other classes, or has no BatchFormer and should.
+        ValueError: When there is no detector, or one of other classes.
     """
-    stored = read_checkpoint(run)
-    if stored.facts.classes != facts.classes:
+    if start is None:
         raise ValueError(
-            f"Expected a detector of the {len(facts.classes)} classes of the data, got one of "
-            f"{len(stored.facts.classes)} or others. Take the run that was trained on this data."
+            "Expected a detector for the stage 'masks', got none. Put the stage 'detector' before it, or set "
+            "start_from=RUN in its entry of stages, the detector's run folder."
         )
-    detector = build_network(stored.settings, len(facts.classes))
-    detector.load_state_dict(stored.detector)
-    handle = None if plug_in is None else insert_plug_in(detector, plug_in)
-    if handle is not None:
-        module = detector.get_submodule("batchformer")
-        if module.state_dict() and not stored.batchformer:
-            raise ValueError(
-                f"Expected a detector that was trained with BatchFormer, got {run} without. Set "
-                "model.stage.batchformer=false, or take model.batchformer.arm=plain."
-            )
-        module.load_state_dict(stored.batchformer)
-    return stored.settings, detector, handle
+    stored = FORMAT.read(start)
+    if stored.facts.classes != classes:
+        raise ValueError(
+            f"Expected a detector of the {len(classes)} classes of the data, got one of {len(stored.facts.classes)} or "
+            "others. Take the run that was trained on this data."
+        )
+    settings = stored_settings(NetworkSettings, stored.settings["network"])
+    detector = build_network(settings, len(classes))
+    inside = f"{settings.detector}."
+    own = {key: value for key, value in stored.plain.items() if not key.startswith(("mask_head.", "bbox_attention."))}
+    detector.load_state_dict({key.removeprefix(inside): value for key, value in own.items()})
+    # Modules that share no weights are named by their layers, which have longer names inside a network with masks.
+    modules = {key.removeprefix(f"{settings.detector}_"): value for key, value in stored.batchformer.items()}
+    torch.manual_seed(derive_seed(seed, 3))
+    return MaskNetwork(settings, with_masks(detector), modules)
 
 
-def add_mask_head(
-    detector: nn.Module, handle: Handle | None, plug_in: BatchFormerSettings | None
-) -> tuple[Any, Handle | None]:
-    """Freeze a detector and put a new mask head on it.
+def insert_frozen(network: nn.Module, settings: BatchFormerSettings, trained: Mapping[str, Tensor]) -> Handle | None:
+    """Put BatchFormer where it was in the detector, as it was trained, and freeze it.
 
     Args:
-        detector: With the module in it or not; becomes a part of the network.
-        handle: Of the module; it is taken out of the detector.
-        plug_in: Puts the module, as it was trained and frozen, at the same places of the network; ``None``: without it.
+        network: Network with a mask head, changed in place.
+        settings: Settings of BatchFormer, whose ``after`` names layers of the detector.
+        trained: State dict of the modules, from :func:`mask_network`.
 
     Returns:
-        The network, in training mode, where the detector was; and the handle.
+        The handle; ``None`` for the plain arm.
+
+    Raises:
+        ValueError: When the detector was trained without BatchFormer.
     """
-    like, trained = next(detector.parameters()), []
-    if handle is not None:
-        trained = handle.modules
-        handle.remove()
-        handle = None
-    network = with_masks(detector)
-    if trained and plug_in is not None:
-        after = [plug_in.after] if isinstance(plug_in.after, str) else plug_in.after or []
-        inside = replace(plug_in, after=[f"{detector_inside(network)}.{name}" for name in after])
-        handle = insert_plug_in(network, inside)
-    for module, before in zip(handle.modules if handle else [], trained, strict=False):
-        module.load_state_dict(before.state_dict())
+    inside = detector_inside(network)
+    after = [settings.after] if isinstance(settings.after, str) else settings.after or []
+    handle = insert_from_settings(network, replace(settings, after=[f"{inside}.{name}" for name in after]))
+    if handle is None:
+        return None
+    modules = network.get_submodule("batchformer")
+    wanted = modules.state_dict()
+    if wanted and not trained:
+        raise ValueError(
+            "Expected a detector that was trained with BatchFormer, got one that was trained without. Set "
+            "model.masks.batchformer=false, or take model.batchformer.arm=plain."
+        )
+    names = {key: key.removeprefix(f"{inside}_") for key in wanted}
+    modules.load_state_dict({key: trained[name] for key, name in names.items() if name in trained})
+    for module in handle.modules:
         module.freeze()
-    return network.to(device=like.device, dtype=like.dtype), handle
+    return handle

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torchmetrics import Metric
 
 __all__ = ["AP_NAMES", "AveragePrecision"]
 
@@ -24,7 +25,7 @@ AP_NAMES = {
 """The papers' names of COCO's numbers, and torchmetrics'."""
 
 
-class AveragePrecision(nn.Module):
+class AveragePrecision(Metric):
     """COCO's AP over all images of all processes, computed by torchmetrics on a fast backend.
 
     An image is counted once, by its id, however often a process was given it. Values are fractions of 1; a size or a
@@ -50,13 +51,19 @@ class AveragePrecision(nn.Module):
         tensor(1.)
     """
 
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+
     def __init__(self, num_classes: int, iou: Literal["boxes", "masks"] = "boxes") -> None:
-        super().__init__()
+        # Processes gather by themselves in compute(), see _of_all_processes().
+        super().__init__(sync_on_compute=False)
         self.num_classes, self.iou = num_classes, iou
         self.reset()
 
     def reset(self) -> None:
         """Forget all images."""
+        super().reset()
         self.ids: dict[int, None] = {}
         # In a list: no part of the module, so that nobody moves or gathers it.
         self._metric = [_average_precision(self.iou)]

@@ -3,21 +3,20 @@
 Everything is a function of the data and the seeds in the arguments. Axes: M images, K classes, C channels.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from batchformer.data import coco, fetch
 from batchformer.data.detection_transforms import CocoDetection, Transform, collate, eval_transform, train_transform
 from batchformer.data.errors import DataError
-from batchformer.data.keyed_loader import KeyedLoader
+from batchformer.data.loader import KeyedLoader
 from batchformer.data.samplers import EpochSampler, EvalSampler, generator
+from batchformer.tasks.training.data import TaskData
 
 from .backbone import Backbone
 from .cached_data import CachedDetection, cached, collate_cached
@@ -25,7 +24,7 @@ from .cached_data import CachedDetection, cached, collate_cached
 __all__ = ["CocoData"]
 
 
-class CocoData(LightningDataModule):
+class CocoData(TaskData):
     """Batches in transformers' convention, from a COCO folder or the scenes that are fetched.
 
     ``pad_to``: heights and widths of batches are multiples of it, ``size`` with cached features, else 1. After
@@ -63,7 +62,6 @@ class CocoData(LightningDataModule):
 
     categories: tuple[coco.Category, ...]
     counts: Tensor
-    test_splits: list[str]
 
     def __init__(
         self,
@@ -83,7 +81,13 @@ class CocoData(LightningDataModule):
         num_workers: int | None = None,
         drop_last: bool | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            seed=seed,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            drop_last=drop_last,
+        )
         if cache_features and augment == "detr":
             raise ValueError(
                 "Expected data.augment=flip or nothing with data.cache_features: maps of scaled and cut images cannot "
@@ -93,9 +97,7 @@ class CocoData(LightningDataModule):
         self.max_size = size if cache_features else round(size * 1333 / 800) if max_size is None else max_size
         self.pad_to = size if cache_features else 1
         self.cache_features, self.train_images, self.subset_seed = cache_features, train_images, subset_seed
-        self.policy, self.seed = policy, seed
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.num_workers, self.drop_last = num_workers, drop_last
+        self.policy = policy
         self._splits: dict[str, coco.CocoSplit] = {}
         self._cached: dict[str, CachedDetection] = {}
 
@@ -157,8 +159,23 @@ class CocoData(LightningDataModule):
             annotations=tuple(train.annotations[i] for i in chosen),
         )
 
+    @property
+    def classes(self) -> list[str]:
+        """Name of each class, by class index."""
+        return [category.name for category in self.categories]
+
+    @property
+    def category_ids(self) -> list[int]:
+        """Id of each class in the annotation file, by class index."""
+        return [int(category.id) for category in self.categories]
+
+    @property
+    def is_thing(self) -> list[bool]:
+        """Whether each class is countable, by class index; False for stuff."""
+        return [bool(category.isthing) for category in self.categories]
+
     def notes(self) -> list[str]:
-        """What was read, and what the policy did, split by split."""
+        """Return what was read of each split, and what was done to its annotations."""
         seen: dict[int, str] = {}
         for part, split in self._splits.items():
             cut = f"; {len(split)} of the images are used" if len(split) != split.findings.images else ""
@@ -181,7 +198,7 @@ class CocoData(LightningDataModule):
                 "model.network.backbone.trains=nothing, or data.cache_features=false."
             )
         parts = {"fit": ["train", "val"], "validate": ["val"], "test": self.test_splits}.get(stage, [])
-        rank, world = self._ranks()
+        rank, world = self.ranks()
         for part in parts:
             if part not in self._cached:
                 mirrored = part == "train" and self.augment == "flip"
@@ -199,17 +216,7 @@ class CocoData(LightningDataModule):
     def train_dataloader(self) -> KeyedLoader:
         """Return the training batches of this process."""
         self.setup()
-        split, (rank, world) = self._splits["train"], self._ranks()
-        full = len(split) >= self.batch_size * world
-        sampler = EpochSampler(
-            torch.zeros(len(split), dtype=torch.int64),
-            batch_size=self.batch_size,
-            seed=self.seed,
-            drop_last=full if self.drop_last is None else self.drop_last,
-            rank=rank,
-            world_size=world,
-        )
-        return self._loader("train", sampler)
+        return self._loader("train", self.train_sampler(len(self._splits["train"])))
 
     def val_dataloader(self) -> KeyedLoader:
         """Return the validation batches of this process."""
@@ -222,16 +229,13 @@ class CocoData(LightningDataModule):
 
     def _evaluation(self, part: str) -> KeyedLoader:
         self.setup()
-        rank, world = self._ranks()
-        count = len(self._splits[part])
-        return self._loader(part, EvalSampler(count, batch_size=self.eval_batch_size, rank=rank, world_size=world))
+        return self._loader(part, self.eval_sampler(len(self._splits[part])))
 
     def _loader(self, part: str, sampler: EpochSampler | EvalSampler) -> KeyedLoader:
         if self.cache_features:
             return KeyedLoader(self._cached[part], sampler, collate_cached(self._cached[part]))
-        workers = min(8, os.cpu_count() or 1) if self.num_workers is None else self.num_workers
         transform = self._augmentation() if part == "train" else eval_transform(self.size, self.max_size)
-        return KeyedLoader(self._dataset(part, transform), sampler, collate, num_workers=workers)
+        return KeyedLoader(self._dataset(part, transform), sampler, collate, num_workers=self.workers())
 
     def _dataset(self, part: str, transform: Transform) -> Any:
         """Items of a split, read from files; a task that needs more in its labels adds it here."""
@@ -256,6 +260,3 @@ class CocoData(LightningDataModule):
     def _scaled(self, *published: int) -> list[int]:
         """DETR's sizes, which are for a short side of 800 pixels, for ours."""
         return [round(pixels * self.size / 800) for pixels in published]
-
-    def _ranks(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
