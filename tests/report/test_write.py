@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from batchformer.report import ReportError, write_report
-from batchformer.report.write import _replacing
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -104,34 +103,9 @@ def test_a_report_can_be_written_again_and_leaves_no_temporary_files(folders, tm
     )
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path):
-    target = tmp_path / "report.md"
-    target.write_text("old")
-
-    def interrupted():
-        with _replacing(target) as temporary:
-            temporary.write_text("half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert target.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [target]
-
-
 def test_importing_report_loads_neither_matplotlib_nor_scipy_nor_torch_models():
     code = (
         "import sys, batchformer.report; print([m for m in ('matplotlib', 'scipy', 'lightning') if m in sys.modules])"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
-
-
-def test_a_reader_of_the_old_file_never_sees_a_mixture(tmp_path):
-    target = tmp_path / "report.md"
-    target.write_text("old")
-    with target.open() as reader:
-        with _replacing(target) as temporary:
-            temporary.write_text("new")
-        assert reader.read() == "old"
-    assert target.read_text() == "new"

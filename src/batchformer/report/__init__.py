@@ -1,4 +1,4 @@
-"""Reports: read run folders and comparison folders, never train, and import nothing else of the project.
+"""Reports: read run folders and comparison folders, never train, and know no task.
 
 The line: folders -> :func:`find_runs` -> paired statistics -> tables, sentences, plots -> contents -> Markdown and CSV
 (:func:`write_report`).

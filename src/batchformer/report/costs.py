@@ -43,7 +43,8 @@ def cost_table(comparison: Comparison) -> Table:
     stage_column = ("stage",) if len(stages) > 1 else ()
     whole_columns = (title for _, title, _ in _WHOLE_RUN)
     columns = ("arm", *stage_column, "time per step (ms)", "ratio to plain", *whole_columns, "training (s)")
-    return Table("Cost", columns, tuple(rows), _notes(comparison, several=len(stages) > 1))
+    notes = _notes(comparison, several=len(stages) > 1)
+    return Table("Cost", columns, tuple(rows), notes, leading=1 + len(stage_column))
 
 
 def _notes(comparison: Comparison, *, several: bool) -> tuple[str, ...]:

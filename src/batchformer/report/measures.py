@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .paired import CONFIDENCE, PairedDifference, Summary
+from .render import in_words
 
 __all__ = [
     "ABSENT",
     "INTERVAL",
     "Measure",
     "as_percent",
-    "difference_units_note",
+    "difference_units",
     "find_measure",
     "heads",
     "is_described",
@@ -71,7 +72,7 @@ class Measure:
             ValueError: The entry lacks a key, or holds a value of another type.
 
         Example:
-            >>> Measure.read({"name": "mae", "label": "mean error", "unit": "years", "higher_is_better": False}).axis
+            >>> Measure.read({"name": "mae", "label": "mean error", "unit": "years", "higher_is_better": False}).head
             'mean error (years)'
         """
         kinds = {"name": str, "label": str, "unit": str, "higher_is_better": bool}
@@ -89,9 +90,14 @@ class Measure:
         return self.unit == "%"
 
     @property
-    def axis(self) -> str:
-        """Label with the unit, for an axis."""
+    def head(self) -> str:
+        """Label with the unit."""
         return f"{self.label} ({self.unit})" if self.unit else self.label
+
+    @property
+    def axis(self) -> str:
+        """Label with the unit, and with the direction where lower is better."""
+        return self.head if self.higher_is_better else f"{self.head}, {self.direction}"
 
     @property
     def difference_unit(self) -> str:
@@ -160,8 +166,9 @@ class Measure:
 
         Args:
             difference: In the unit of the run folders.
-            keep_sign: Rounding must not hide on which side of zero the end of an interval lies, since the verdict
-                depends on it: a difference that would be rounded to zero then gets one digit more than none.
+            keep_sign: Give a difference that would be rounded to zero as many decimals as show its first digit.
+                The verdict depends on the side of zero on which the end of an interval lies, so rounding must not hide
+                it. What is no more than rounding of the computer stays zero.
 
         Example:
             >>> AP, mae = Measure("AP", "AP"), Measure("mae", "error", "years")
@@ -175,7 +182,9 @@ class Measure:
         if float(rounded) != 0.0:
             return rounded
         noise = 1e-9 if self.is_fraction else 1e-12
-        return f"{shown:+.1g}" if keep_sign and abs(difference) > noise else f"{0.0:+.{self.decimals}f}"
+        if not keep_sign or abs(difference) <= noise:
+            return f"{0.0:+.{self.decimals}f}"
+        return f"{shown:+.{-math.floor(math.log10(abs(shown)))}f}"
 
     def mean(self, difference: PairedDifference) -> str:
         """The mean of a paired difference; "n/a" without a pair."""
@@ -216,15 +225,14 @@ def find_measure(name: str, measures: Sequence[Measure]) -> Measure:
         The described measure. A name that nothing describes (``train_loss``) is a number without a unit.
 
     Example:
-        >>> [find_measure(name, [Measure("AP", "AP")]).axis for name in ("AP", "unseen_AP", "train_loss")]
-        ['AP (%)', 'unseen AP (%)', 'train loss']
+        >>> [find_measure(name, [Measure("AP", "AP")]).head for name in ("AP", "unseen_AP", "val_AP", "train_loss")]
+        ['AP (%)', 'unseen AP (%)', 'validation AP (%)', 'train loss']
     """
     split, measure = _split_and_measure(name, measures)
     if measure is None:
         return Measure(name, name.replace("_", " "), unit="")
-    return (
-        replace(measure, name=name, label=f"{split.replace('_', ' ')} {measure.label}", part="") if split else measure
-    )
+    words = "validation" if split == "val" else split.replace("_", " ")
+    return replace(measure, name=name, label=f"{words} {measure.label}", part="") if split else measure
 
 
 def is_described(name: str, measures: Sequence[Measure]) -> bool:
@@ -267,7 +275,7 @@ def heads(measures: Sequence[Measure]) -> list[str]:
         >>> heads([AP]), heads([mae, AP])
         (['AP'], ['error (years)', 'AP (%)'])
     """
-    return [measure.label if _all_percent(measures) else measure.axis for measure in measures]
+    return [measure.label if _all_percent(measures) else measure.head for measure in measures]
 
 
 def units_note(measures: Sequence[Measure]) -> str:
@@ -280,16 +288,15 @@ def units_note(measures: Sequence[Measure]) -> str:
     return "Percent" if _all_percent(measures) else "In the units of the column heads"
 
 
-def difference_units_note(measures: Sequence[Measure]) -> str:
+def difference_units(measures: Sequence[Measure]) -> str:
     """The units of the differences of a table, in words.
 
     Example:
         >>> AP, mae = Measure("AP", "AP"), Measure("mae", "error", "years")
-        >>> difference_units_note([AP]), difference_units_note([AP, mae])
+        >>> difference_units([AP]), difference_units([AP, mae])
         ('percentage points', 'percentage points and years')
     """
-    units = [measure.difference_unit or "plain numbers" for measure in measures]
-    return " and ".join(dict.fromkeys(units))
+    return in_words(list(dict.fromkeys(measure.difference_unit or "plain numbers" for measure in measures)))
 
 
 def _all_percent(measures: Sequence[Measure]) -> bool:
@@ -299,4 +306,4 @@ def _all_percent(measures: Sequence[Measure]) -> bool:
 def lower_is_better_note(measures: Sequence[Measure]) -> list[str]:
     """One sentence that names the measures of which less is better; empty where there are none."""
     lower = [measure.label for measure in measures if not measure.higher_is_better]
-    return [f"Lower is better: {', '.join(lower)}."] if lower else []
+    return [f"Lower is better: {'; '.join(lower)}."] if lower else []

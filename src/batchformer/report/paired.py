@@ -204,7 +204,7 @@ def paired_difference(
         ((0, 1, 2), (3, 4), 'improves', True)
     """
     if not 0.0 < confidence < 1.0:
-        raise ValueError(f"Expected a confidence between 0 and 1, got {confidence}. Pass 0.95 for a 95 % interval.")
+        raise ValueError(f"Expected a confidence between 0 and 1, got {confidence}. Pass 0.95, for example.")
     shared = sorted(set(arm) & set(reference))
     seeds = tuple(seed for seed in shared if math.isfinite(arm[seed]) and math.isfinite(reference[seed]))
     differences = tuple(float(arm[seed]) - float(reference[seed]) for seed in seeds)

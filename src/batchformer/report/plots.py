@@ -243,8 +243,7 @@ def plot_curves(comparison: Comparison, column: str = "train_loss") -> tuple["Fi
         ax.set_xticks([*drawn])
     ax.set_xlim(right=max(drawn) + (0.05 if len(drawn) == 1 else 0))
     ax.set_xlabel("epoch")
-    direction = f", {measure.direction}" if measure.direction else ""
-    ax.set_ylabel(_plain_text(measure.axis + direction) + "\nmean ± deviation over seeds")
+    ax.set_ylabel(_plain_text(measure.axis) + "\nmean ± deviation over seeds")
     _keep_inside(ax, measure)
     _end_labels(comparison, ax, ends)
     return fig, ax
@@ -334,8 +333,7 @@ def plot_groups(comparison: Comparison) -> tuple["Figure", "Axes"]:
     ax.set_xticks(range(len(groups)), [_plain_text(group.part) for group in groups])
     ax.tick_params(axis="x", length=0)
     measure = comparison.measure(comparison.primary)
-    direction = f", {measure.direction}" if measure.direction else ""
-    ax.set_ylabel(_plain_text(f"test {measure.axis}{direction}"))
+    ax.set_ylabel(_plain_text(f"test {measure.axis}"))
     _plain_axes(ax)
     fig.legend(loc="outside upper left", ncols=min(len(arms), 6), frameon=False, fontsize=9)
     return fig, ax

@@ -8,11 +8,21 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["WIDTH", "Cell", "Table", "one_line", "to_csv", "to_text", "wrap"]
+__all__ = ["WIDTH", "Cell", "Table", "in_words", "one_line", "to_csv", "to_text", "wrap"]
 
 WIDTH = 119
 _NUMBER = re.compile(r"[-+\[\d]|n/a$|none$|$")
 Cell = str | int | float | None
+
+
+def in_words(names: Sequence[str]) -> str:
+    """A list of names for a sentence.
+
+    Example:
+        >>> in_words(["photo"]), in_words(["photo", "sketch", "painting"])
+        ('photo', 'photo, sketch and painting')
+    """
+    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
 
 
 def one_line(text: str) -> str:
@@ -35,6 +45,7 @@ class Table:
         columns: Heads of the columns.
         rows: Cells of each row, one for each column.
         notes: Sentences that stand below the table.
+        leading: Number of columns at the beginning that name a row.
 
     Raises:
         ValueError: A row has another number of cells than there are columns.
@@ -44,6 +55,7 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
+    leading: int = 1
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -56,11 +68,13 @@ class Table:
     def right_aligned(self) -> tuple[bool, ...]:
         """True for each column of numbers."""
         columns = zip(*self.rows, strict=True) if self.rows else [()] * len(self.columns)
-        return tuple(index > 0 and all(_NUMBER.match(cell) for cell in cells) for index, cells in enumerate(columns))
+        return tuple(
+            index >= self.leading and all(_NUMBER.match(cell) for cell in cells) for index, cells in enumerate(columns)
+        )
 
 
 def to_text(table: Table, width: int = WIDTH) -> str:
-    """Aligned text of at most ``width`` columns; further columns follow in blocks that repeat the first one.
+    """Aligned text of at most ``width`` columns; further columns follow in blocks that repeat the leading ones.
 
     Example:
         >>> print(to_text(Table("Runs", ("run", "top-1"), (("a", "81.00"), ("bcd", "9.50")))))
@@ -74,15 +88,16 @@ def to_text(table: Table, width: int = WIDTH) -> str:
     lines = [[one_line(cell) for cell in cells] for cells in (table.columns, *table.rows)]
     widths = [max(len(cells[index]) for cells in lines) for index in range(len(table.columns))]
     right = table.right_aligned
-    blocks: list[list[int]] = [[]]
-    for index in range(1, len(table.columns)):
-        used = widths[0] + sum(widths[i] + 2 for i in blocks[-1])
-        if blocks[-1] and used + 2 + widths[index] > width:
-            blocks.append([])
+    leading = [*range(table.leading)]
+    blocks = [leading.copy()]
+    for index in range(table.leading, len(table.columns)):
+        used = sum(widths[i] + 2 for i in blocks[-1])
+        if len(blocks[-1]) > table.leading and used + widths[index] > width:
+            blocks.append(leading.copy())
         blocks[-1].append(index)
 
     def line(cells: Sequence[str], block: Sequence[int]) -> str:
-        padded = (cells[i].rjust(widths[i]) if right[i] else cells[i].ljust(widths[i]) for i in (0, *block))
+        padded = (cells[i].rjust(widths[i]) if right[i] else cells[i].ljust(widths[i]) for i in block)
         return "  ".join(padded).rstrip()
 
     rule = ["-" * size for size in widths]

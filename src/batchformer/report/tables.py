@@ -4,10 +4,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .measures import INTERVAL, find_measure, heads, lower_is_better_note, order_metrics, units_note
-from .measures import difference_units_note as in_words
+from .measures import (
+    INTERVAL,
+    difference_units,
+    find_measure,
+    heads,
+    lower_is_better_note,
+    order_metrics,
+    units_note,
+)
 from .paired import Summary, summarize
-from .render import Table
+from .render import Table, in_words
 from .runs import BASELINE, TREATMENT, Comparison, Run
 from .sentences import arm_text, verdict_text
 
@@ -50,7 +57,7 @@ def main_table(comparison: Comparison) -> Table:
     columns = ("arm", "seeds", head, "vs plain", INTERVAL, "verdict", *other_heads)
     notes = (
         f"{units_note(measures)}, mean ± sample standard deviation over seeds; differences in "
-        f"{in_words(measures[:1])}, paired by seed.",
+        f"{difference_units(measures[:1])}, paired by seed.",
         *lower_is_better_note(measures),
         *_units_notes(comparison),
         *_unpaired_notes(comparison),
@@ -61,10 +68,10 @@ def main_table(comparison: Comparison) -> Table:
 def _units_notes(comparison: Comparison) -> list[str]:
     if not comparison.has_units:
         return []
-    names = ", ".join(unit.label for unit in comparison.units)
+    names = in_words([unit.label for unit in comparison.units])
     return [
-        f"Each seed counts once, with its mean over {names}, since runs of one seed are not independent; a seed counts "
-        "when all of them are finished."
+        f"A seed counts once, with its mean over {names}, and only when all of these runs are finished: runs of one "
+        "seed are not independent."
     ]
 
 
@@ -95,7 +102,7 @@ def difference_table(comparison: Comparison) -> Table:
                 interval = f" {measure.interval(difference)}" if difference.has_interval else ""
                 cells.append(measure.mean(difference) + interval)
             rows.append((arm, *cells))
-    units = in_words(measures)
+    units = difference_units(measures)
     notes = (
         f"{units[0].upper()}{units[1:]} with {INTERVAL}s, paired by seed. The numbers are descriptive: no correction "
         "for the number of intervals.",
@@ -119,11 +126,11 @@ def units_table(comparison: Comparison) -> Table:
             rows.append((unit.label, arm, done, measure.spread(summarize([*values.values()])), *compared))
     columns = ("unit", "arm", "seeds", *heads([measure]), "vs plain", INTERVAL)
     notes = (
-        f"{units_note([measure])}, mean ± sample standard deviation over seeds; differences in {in_words([measure])}, "
-        "paired by seed on the same unit. They are descriptive and carry no verdict.",
+        f"{units_note([measure])}, mean ± sample standard deviation over seeds; differences in "
+        f"{difference_units([measure])}, paired by seed on the same unit. They are descriptive and carry no verdict.",
         *lower_is_better_note([measure]),
     )
-    return Table(f"{_capital(measure.label)} on each unit", columns, tuple(rows), notes)
+    return Table(f"{_capital(measure.label)} on each unit", columns, tuple(rows), notes, leading=2)
 
 
 def controls_table(comparison: Comparison) -> Table:
@@ -135,7 +142,7 @@ def controls_table(comparison: Comparison) -> Table:
         cells = (measure.mean(difference), measure.interval(difference), str(difference.n), verdict_text(difference))
         rows.append((arm, *cells, arm_text(comparison, arm)))
     columns = ("control", "BatchFormer minus it", INTERVAL, "pairs", "verdict", "what the control is")
-    units = in_words([measure])
+    units = difference_units([measure])
     note = f"{_capital(units)} of {measure.label}; 'improves' means that BatchFormer does better than the control."
     return Table("Controls", columns, tuple(rows), (note, *lower_is_better_note([measure])))
 

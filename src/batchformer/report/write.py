@@ -2,13 +2,14 @@
 
 import os
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from batchformer.data.atomic import atomic_file, write_text
 
 from . import plots
 from .contents import contents
@@ -83,32 +84,18 @@ def write_report(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
         for comparison, prefix in zip(found.comparisons, prefixes, strict=True)
     ]
     page = contents(paths, found, drawn, folder, notes)
-    results = _write_text(folder / "results.csv", to_csv(result_rows(found)))
+    results = _write(folder / "results.csv", to_csv(result_rows(found)))
     classes, differences = class_rows(found), difference_rows(found.comparisons)
-    per_class = _write_text(folder / "per_class.csv", to_csv(classes)) if classes else None
-    compared = _write_text(folder / "differences.csv", to_csv(differences)) if differences else None
-    report = _write_text(folder / "report.md", to_markdown(page))
+    per_class = _write(folder / "per_class.csv", to_csv(classes)) if classes else None
+    compared = _write(folder / "differences.csv", to_csv(differences)) if differences else None
+    report = _write(folder / "report.md", to_markdown(page))
     written = tuple(path for paths in drawn for path in paths)
     return ReportPaths(report, results, per_class, compared, written, tuple(page.notes))
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends well."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 is for secrets
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_text(path: Path, text: str) -> Path:
-    with _replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+def _write(path: Path, text: str) -> Path:
+    """Write UTF-8; a sign that has none, out of the name of a file, becomes a question mark."""
+    write_text(path, text.encode("utf-8", errors="replace").decode("utf-8"))
     return path
 
 
@@ -143,7 +130,10 @@ def _write_plots(comparison: Comparison, folder: Path, prefix: str, notes: list[
             notes.append(f"No plot of {name} for {comparison.path}: {error}")
             continue
         path = folder / f"{prefix}{name}.png"
-        with _replacing(path) as temporary:
+        with atomic_file(path) as temporary, warnings.catch_warnings(record=True) as caught:
+            warnings.filterwarnings("always", message=".*missing from font")
             fig.savefig(temporary, dpi=150)
+        if any("missing from font" in str(warning.message) for warning in caught):
+            notes.append(f"{path.name} has boxes for letters that its font lacks; the tables have the letters.")
         pictures.append(path)
     return pictures
