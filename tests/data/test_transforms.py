@@ -16,12 +16,11 @@ from batchformer.data.transforms import (
     PRESETS,
     BatchAugment,
     Mix,
-    image_augment,
+    cut_file,
     image_eval,
     image_keep,
     normalize,
     resolve_steps,
-    seeded,
 )
 
 SHAPES = [(6, 3, 32, 32), (5, 1, 28, 28), (4, 3, 20, 33)]
@@ -194,22 +193,24 @@ def test_randaugment_magnitude_zero_to_ten() -> None:
         BatchAugment(["randaugment=2,11"], 16)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_single_images(preset: str, mode: str) -> None:
+def test_a_window_is_cut_out_of_a_file(mode: str) -> None:
     image = Image.fromarray(pictures((1, 3, 90, 70))[0].permute(1, 2, 0).numpy()).convert(mode)
-    for size in (32, 80):
-        pipeline = pickle.loads(pickle.dumps(image_augment(preset, size)))
-        results = []
-        state = torch.get_rng_state()
-        for seed in (1, 1, 2):
-            with seeded(seed):
-                results.append(pipeline(image))
-        assert torch.get_rng_state().equal(state)
-        assert results[0].equal(results[1])
-        assert results[0].shape == (1 if mode == "L" else 3, size, size)
-        assert results[0].dtype == torch.uint8
-        assert preset == "none" or not results[0].equal(results[2])
+    cut = partial(cut_file, image, size=35)
+    whole = TF.pil_to_tensor(TF.resize(image, [35, 35]))
+    assert cut(torch.tensor([2.0, 2.0, 0.3, -0.7])).equal(whole)  # more than there is: all of it
+    corner = TF.pil_to_tensor(TF.resize(image.crop((35, 0, 70, 45)), [35, 35]))
+    stretch = (90 / 70) ** 0.5  # windows are those of a square of the same area
+    found = cut(torch.tensor([0.5 / stretch, 0.5 * stretch, 1.0, -1.0]))
+    assert (found.int() - corner.int()).abs().max() <= 1
+    seen = set()
+    for seed in range(200):
+        (window,) = batch_transforms.windows(1, generator(seed), 0.25)
+        wide, high = window[0] * stretch * 70, window[1] / stretch * 90
+        assert 0.249 < wide * high / (70 * 90) <= 1.0001
+        assert 0.749 < wide / high < 1.334
+        seen.add(cut(window).sum().item())
+    assert len(seen) > 190
 
 
 def test_evaluation_pipeline() -> None:
@@ -225,7 +226,7 @@ def test_what_is_kept_in_memory_for_training() -> None:
     square = v2.functional.pil_to_tensor(v2.CenterCrop(224)(v2.Resize(224)(image)))
     assert image_keep(["imagenet"], 224)(image).equal(square)  # resized_crop: as much as there is
     assert image_keep(["paco_query", "paco_key"], 224)(image).equal(square)
-    for steps in ([["flip"]], ["none"], ["imagenet", ["flip"]]):  # as image_augment and the evaluation
+    for steps in ([["flip"]], ["none"], ["imagenet", ["flip"]]):  # as in the evaluation
         assert image_keep(steps, 224)(image).equal(image_eval(224)(image))
 
 
@@ -234,7 +235,7 @@ def test_what_is_kept_in_memory_for_training() -> None:
     [
         ("strong", "unknown 'strong'"),
         (["flip", "crp=4", "cutout=a"], "unknown 'crp=4'; 'cutout=a' with something that is not a positive number"),
-        (["flip=0.5,1"], "'flip=0.5,1' with 2 numbers, at most 1 wanted"),
+        (["flip=0.5,1"], "'flip=0.5,1' with 2 numbers, at most 1 allowed"),
         (["autoaugment=1"], "'autoaugment=1' with 1 numbers, at most 0"),
         (["crop=-4"], "not a positive number"),
     ],

@@ -60,16 +60,29 @@ def rotate(images: Tensor, stream: torch.Generator, degrees: float = 15.0) -> Te
 
 def resized_crop(images: Tensor, stream: torch.Generator, smallest: float = 0.08) -> Tensor:
     """Cut out ``smallest`` to all of the area, aspect ratio 3/4 to 4/3, and stretch it to the old size, per sample."""
-    n = len(images)
-    draw = torch.rand(4, n, generator=stream)
+    return cut(images, windows(len(images), stream, smallest))
+
+
+def windows(count: int, stream: torch.Generator, smallest: float = 0.08) -> Tensor:
+    """Draw windows of ``smallest`` to all of the area of a square image, aspect ratio 3/4 to 4/3.
+
+    Returns:
+        Shape (N, 4): width and height over the side of the image, not yet cut to 1; and the place from left to right
+        and from top to bottom, -1..1.
+    """
+    draw = torch.rand(4, count, generator=stream)
     area_N = smallest + (1 - smallest) * draw[0]
     ratio_N = torch.exp((draw[1] * 2 - 1) * torch.log(torch.tensor(4 / 3)))
-    width_N = (area_N * ratio_N).sqrt().clamp(max=1.0)
-    height_N = (area_N / ratio_N).sqrt().clamp(max=1.0)
-    zero_N = torch.zeros(n)
-    shift = [(draw[2] * 2 - 1) * (1 - width_N), (draw[3] * 2 - 1) * (1 - height_N)]
-    theta = torch.stack([width_N, zero_N, shift[0], zero_N, height_N, shift[1]], 1).view(-1, 2, 3)
-    return warp(images, theta, nearest=False)
+    return torch.stack([(area_N * ratio_N).sqrt(), (area_N / ratio_N).sqrt(), draw[2] * 2 - 1, draw[3] * 2 - 1], 1)
+
+
+def cut(images: Tensor, windows_N4: Tensor) -> Tensor:
+    """Cut a window out of each image and stretch it to the old size."""
+    width_N, height_N = windows_N4[:, :2].clamp(max=1.0).unbind(1)
+    x_N, y_N = windows_N4[:, 2:].unbind(1)
+    zero_N = torch.zeros(len(images))
+    rows = [width_N, zero_N, x_N * (1 - width_N), zero_N, height_N, y_N * (1 - height_N)]
+    return warp(images, torch.stack(rows, 1).view(-1, 2, 3), nearest=False)
 
 
 def warp(images: Tensor, theta_N23: Tensor, *, nearest: bool, fill: int | None = None) -> Tensor:

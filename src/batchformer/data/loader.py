@@ -1,55 +1,74 @@
-"""Batches: from images in memory (:class:`TensorLoader`) or from image files (:class:`ImageLoader`).
+"""Batches of images in memory (:class:`TensorLoader`), of image files (:class:`ImageLoader`), of anything else.
 
-Both give ``(images float32 (N, C, H, W), labels (N,))``, or ``([view 1, view 2], labels)`` with two augmentations,
-or soft labels (N, K) with a :class:`~batchformer.data.transforms.Mix`. All randomness is a pure function of the
-seed, the epoch and the batch (in memory) or the image (files), never of what ran before. Both know where they are
-(``state_dict``), so a run that stopped inside an epoch goes on with the next batch; trainers such as Lightning use
-that by themselves.
+The first two give ``(images float32 (N, C, H, W), labels (N,))``, or ``([view 1, view 2], labels)`` with two
+augmentations, or soft labels (N, K) with a :class:`~batchformer.data.transforms.Mix`. Both augment a batch by the same
+functions with the same random numbers, so that it does not matter whether images fit into memory. The one exception is
+a ``resized_crop``, which sees more of a file: see :class:`~batchformer.data.transforms.BatchAugment`.
+
+A batch is a pure function of the seed, the epoch, its number and the rank, never of what ran before. Loaders know where
+they are in an epoch (``state_dict``), so that a run that was saved in the middle of one, by a trainer of your own or by
+a batch system's signal, goes on with the next batch; Lightning uses this by itself.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from .errors import DataError
 from .images import decode
 from .lists import Samples
 from .samplers import EpochSampler, EvalSampler, derive_seed, generator
-from .transforms import BatchAugment, Mix, normalize, seeded
+from .transforms import BatchAugment, Mix, cut_file, image_keep, normalize
 
 Batch = tuple[Tensor | list[Tensor], Tensor]
+_Augment = BatchAugment | Sequence[BatchAugment] | None
 
 
 class _Loader:
-    """Where an epoch stands. Sub-classes yield the batches of an epoch from a given one on."""
+    """Batches ``make(epoch, number, indices)`` in the order of a sampler, made here or in worker processes."""
 
-    sampler: EpochSampler | EvalSampler
     batch_sampler = None  # Lightning looks for one beside the sampler
 
-    def __init__(self, sampler: EpochSampler | EvalSampler, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.sampler, self.mean, self.std = sampler, list(mean), list(std)
+    def __init__(
+        self,
+        make: Callable[[int, int, Tensor], Any],
+        sampler: EpochSampler | EvalSampler,
+        num_workers: int = 0,
+        start_method: str | None = None,
+    ) -> None:
+        self.sampler = sampler
         self._position = {"epoch": 0, "batch": 0}
-        self._resume: dict[str, int] | None = None
+        self._resumed = False
+        self._keys: list[tuple[int, int, list[int]]] = []
+        self._batches: DataLoader[Any] = DataLoader(
+            _Batches(make),
+            batch_size=None,
+            sampler=self._keys,
+            num_workers=num_workers,
+            collate_fn=_unchanged,
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator(),  # else every epoch would take a number from the global stream
+            multiprocessing_context=start_method if num_workers > 0 else None,
+        )
 
     def __len__(self) -> int:
         return -(-len(self.sampler) // self.sampler.batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
-        # A generator on purpose: the epoch is read at the first batch. Trainers call iter() before set_epoch().
-        epoch, resume = self.sampler.epoch, self._resume
-        self._resume = None
-        first = resume["batch"] if resume and resume["epoch"] == epoch else 0
-        for number, batch in enumerate(self._batches(epoch, first), first):
-            self._position = {"epoch": epoch, "batch": number + 1}
+    def __iter__(self) -> Iterator[Any]:
+        # A generator, so that the epoch is read at the first batch: trainers call iter() before set_epoch().
+        epoch = self.sampler.epoch
+        first = self._position["batch"] if self._resumed and self._position["epoch"] == epoch else 0
+        self._resumed = False
+        parts = torch.split(self.sampler.indices(epoch), self.sampler.batch_size)
+        self._keys[:] = [(epoch, number, indices.tolist()) for number, indices in enumerate(parts)][first:]
+        for done, batch in enumerate(self._batches, first + 1):
+            self._position = {"epoch": epoch, "batch": done}
             yield batch
-
-    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch and the number of its batches handed out so far."""
@@ -57,32 +76,100 @@ class _Loader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on inside the saved epoch, once the sampler is set to it; any other epoch starts at its first batch."""
-        self._resume = {"epoch": int(state["epoch"]), "batch": int(state["batch"])}
-        self._position = dict(self._resume)
-
-    def _seed(self, epoch: int, batch: int, view: int = 0) -> int:
-        return derive_seed(self.sampler.seed, epoch, batch, self.sampler.rank, view)
-
-    def _split(self, epoch: int, first: int) -> Iterator[tuple[int, Tensor]]:
-        for number, rows in enumerate(torch.split(self.sampler.indices(epoch), self.sampler.batch_size)):
-            if number >= first:
-                yield number, rows
+        self._position, self._resumed = {"epoch": int(state["epoch"]), "batch": int(state["batch"])}, True
 
 
-class TensorLoader(_Loader):
-    """Batches from images that all lie in one uint8 tensor, augmented batch by batch.
+class _Batches(Dataset[Any]):
+    def __init__(self, make: Callable[[int, int, Tensor], Any]) -> None:
+        self.make = make
+
+    def __getitem__(self, key: tuple[int, int, list[int]]) -> Any:
+        epoch, number, indices = key
+        return self.make(epoch, number, torch.tensor(indices))
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+class KeyedLoader(_Loader):
+    """Batches of the items ``dataset[epoch, index]`` in the order of a sampler.
 
     Args:
-        images: uint8, shape (M, C, H, W).
+        dataset: Gives the same item for the same key in every process.
+        sampler: Order, batch size, seed and rank.
+        collate: Function of a list of items that returns a batch.
+        num_workers: Worker processes; 0 loads in this process.
+        start_method: Way to start worker processes (``"fork"``, ``"spawn"``, ``"forkserver"``); ``None`` is Python's
+            default.
+
+    Example:
+        >>> class Squares(Dataset):
+        ...     def __getitem__(self, key):
+        ...         return key[1] ** 2
+        >>> loader = KeyedLoader(Squares(), EvalSampler(5, batch_size=2), collate=list)
+        >>> list(loader)
+        [[0, 1], [4, 9], [16]]
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        sampler: EpochSampler | EvalSampler,
+        collate: Callable[[list[Any]], Any],
+        *,
+        num_workers: int = 0,
+        start_method: str | None = None,
+    ) -> None:
+        super().__init__(partial(_collated, dataset, collate), sampler, num_workers, start_method)
+        self.dataset = dataset
+
+
+def _collated(dataset: Any, collate: Callable[[list[Any]], Any], epoch: int, number: int, indices: Tensor) -> Any:
+    return collate([dataset[epoch, index] for index in indices.tolist()])
+
+
+class _ImageBatches(_Loader):
+    """Augmented uint8 views of images, normalised and mixed."""
+
+    def __init__(
+        self,
+        read: "_Memory | _Files",
+        sampler: EpochSampler | EvalSampler,
+        mean: Sequence[float],
+        std: Sequence[float],
+        mix: Mix | None,
+        num_workers: int = 0,
+        start_method: str | None = None,
+    ) -> None:
+        if mix is not None and len(read.views) > 1:
+            raise DataError("Expected one view with mixup or cutmix, got two. Switch one of them off.")
+        super().__init__(read, sampler, num_workers, start_method)
+        self.mean, self.std, self.mix = list(mean), list(std), mix
+
+    def __iter__(self) -> Iterator[Batch]:
+        for views, labels, mix_seed in super().__iter__():
+            images = [normalize(view, self.mean, self.std) for view in views]
+            if self.mix is not None:
+                yield self.mix(images[0], labels, seed=mix_seed)
+            else:
+                yield (images[0] if len(images) == 1 else images), labels
+
+
+class TensorLoader(_ImageBatches):
+    """Batches of images that all lie in one uint8 tensor.
+
+    Args:
+        images: Pixels of all images, uint8, shape (M, C, H, W).
         labels: Class indices, shape (M,).
         sampler: Order, batch size, seed and rank.
         augment: One augmentation, or two for two views; ``None`` for evaluation.
-        mean: Per channel, in 0..1.
-        std: Per channel, in 0..1.
-        mix: Mixup or CutMix on top, giving soft labels (N, K).
+        mean: Mean of each channel, in 0..1.
+        std: Standard deviation of each channel, in 0..1.
+        mix: Mixup or CutMix of the augmented images, giving soft labels (N, K).
 
     Raises:
-        DataError: Shapes, types or lengths do not fit together.
+        DataError: Shapes, types or lengths do not fit together, or there are two views together with ``mix``.
 
     Example:
         >>> images, labels = torch.zeros(10, 1, 8, 8, dtype=torch.uint8), torch.arange(10) % 2
@@ -96,7 +183,7 @@ class TensorLoader(_Loader):
         images: Tensor,
         labels: Tensor,
         sampler: EpochSampler | EvalSampler,
-        augment: BatchAugment | Sequence[BatchAugment] | None = None,
+        augment: _Augment = None,
         *,
         mean: Sequence[float] = (0.5,),
         std: Sequence[float] = (0.5,),
@@ -110,126 +197,96 @@ class TensorLoader(_Loader):
         channels = images.shape[1]
         if {len(mean), len(std)} - {1, channels}:
             raise DataError(f"Expected mean and std for {channels} channel(s), got {len(mean)} and {len(std)} numbers.")
-        super().__init__(sampler, mean, std)
-        self.images, self.labels, self.mix = images, labels, mix
-        self.views = _views(augment, mix)
-
-    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
-        for number, rows in self._split(epoch, first):
-            plain, labels = self.images.index_select(0, rows), self.labels[rows]
-            images = [
-                normalize(augment(plain, generator(self._seed(epoch, number, view))), self.mean, self.std)
-                for view, augment in enumerate(self.views)
-            ] or [normalize(plain, self.mean, self.std)]
-            yield _finish(images, labels, self.mix, self._seed(epoch, number, -1))
+        read = _Memory(_views(augment), sampler.seed, sampler.rank, labels, images)
+        super().__init__(read, sampler, mean, std, mix)
 
 
-class ImageDataset(Dataset[tuple[list[Tensor], int]]):
-    """Image files decoded one by one; item ``(epoch, index)`` is always the same tensor, in whatever process.
+class ImageLoader(_ImageBatches):
+    """Batches of image files, decoded and augmented in worker processes.
 
     Args:
         samples: Files and labels.
-        transforms: One pipeline per view: Pillow image in, uint8 (C, H, W) out.
+        sampler: Order, batch size, seed and rank.
+        augment: One augmentation, or two for two views; ``None`` for evaluation.
+        size: Working size in pixels.
         channels: 1 or 3.
-        seed: Seed of the augmentation.
+        mean: Mean of each channel, in 0..1.
+        std: Standard deviation of each channel, in 0..1.
+        num_workers: Worker processes; 0 decodes in this process.
+        mix: Mixup or CutMix of the augmented images, giving soft labels (N, K).
+        start_method: Way to start worker processes (``"fork"``, ``"spawn"``, ``"forkserver"``); ``None`` is Python's
+            default.
+
+    Raises:
+        DataError: There are two views together with ``mix``.
     """
 
     def __init__(
         self,
         samples: Samples,
-        transforms: Sequence[Callable[[Image.Image], Tensor]],
-        *,
-        channels: int = 3,
-        seed: int = 0,
-    ) -> None:
-        self.root: Path = samples.root
-        self.paths, self.labels = samples.paths, samples.labels
-        self.transforms, self.channels, self.seed = list(transforms), channels, seed
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], int]:
-        epoch, index = key
-        image = decode(self.root / self.paths[index], self.channels)
-        views = []
-        for view, transform in enumerate(self.transforms):
-            with seeded(self.seed, epoch, index, view):
-                views.append(transform(image))
-        return views, int(self.labels[index])
-
-
-class ImageLoader(_Loader):
-    """Batches from image files, decoded and augmented in worker processes.
-
-    Args:
-        dataset: The files.
-        sampler: Order, batch size, seed and rank.
-        mean: Per channel, in 0..1.
-        std: Per channel, in 0..1.
-        num_workers: Processes; 0 decodes in this one.
-        mix: Mixup or CutMix on top, giving soft labels (N, K).
-        start_method: How worker processes start: ``"fork"``, ``"spawn"``, ``"forkserver"``, or ``None`` for
-            Python's default.
-
-    Raises:
-        DataError: Two views together with ``mix``.
-    """
-
-    def __init__(
-        self,
-        dataset: ImageDataset,
         sampler: EpochSampler | EvalSampler,
+        augment: _Augment = None,
         *,
+        size: int,
+        channels: int = 3,
         mean: Sequence[float],
         std: Sequence[float],
         num_workers: int = 0,
         mix: Mix | None = None,
         start_method: str | None = None,
     ) -> None:
-        super().__init__(sampler, mean, std)
-        if mix is not None and len(dataset.transforms) > 1:
-            raise DataError("Expected one view with mixup or cutmix, got two. Switch one of them off.")
-        self.dataset, self.mix = dataset, mix
-        self._keys = _Keys()
-        self._loader: DataLoader[Any] = DataLoader(
-            dataset,
-            batch_sampler=self._keys,
-            num_workers=num_workers,
-            collate_fn=default_collate,
-            persistent_workers=num_workers > 0,
-            generator=torch.Generator(),  # else every epoch would take a number from the global stream
-            multiprocessing_context=start_method if num_workers > 0 else None,
-        )
-
-    def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
-        self._keys.batches = [[(epoch, i) for i in rows.tolist()] for _, rows in self._split(epoch, first)]
-        for number, (views, labels) in enumerate(self._loader, first):
-            images = [normalize(view, self.mean, self.std) for view in views]
-            yield _finish(images, labels, self.mix, self._seed(epoch, number, -1))
+        read = _Files(_views(augment), sampler.seed, sampler.rank, samples.labels, samples, size, channels)
+        super().__init__(read, sampler, mean, std, mix, num_workers, start_method)
 
 
-class _Keys(Sampler[list[tuple[int, int]]]):
-    """The (epoch, index) keys of the batches to come, set anew for every epoch."""
+@dataclass
+class _Source:
+    """Views (N, C, H, W) and labels of a batch, and the seed of its mixing."""
 
-    def __init__(self) -> None:
-        self.batches: list[list[tuple[int, int]]] = []
+    views: list[BatchAugment]
+    seed: int
+    rank: int
+    labels: Tensor
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
+    def __call__(self, epoch: int, number: int, indices: Tensor) -> tuple[list[Tensor], Tensor, int]:
+        *seeds, mix_seed = [
+            derive_seed(self.seed, epoch, number, self.rank, view) for view in (*range(len(self.views)), -1)
+        ]
+        return self.augmented(indices, [generator(seed) for seed in seeds]), self.labels[indices], mix_seed
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-def _views(augment: BatchAugment | Sequence[BatchAugment] | None, mix: Mix | None) -> list[BatchAugment]:
-    views = [] if augment is None else [augment] if isinstance(augment, BatchAugment) else list(augment)
-    if mix is not None and len(views) > 1:
-        raise DataError("Expected one view with mixup or cutmix, got two. Switch one of them off.")
-    return views
+    def augmented(self, indices: Tensor, streams: list[torch.Generator]) -> list[Tensor]:
+        raise NotImplementedError
 
 
-def _finish(images: list[Tensor], labels: Tensor, mix: Mix | None, seed: int) -> Batch:
-    if mix is not None:
-        return mix(images[0], labels, seed=seed)
-    return (images[0] if len(images) == 1 else images), labels
+@dataclass
+class _Memory(_Source):
+    images: Tensor
+
+    def augmented(self, indices: Tensor, streams: list[torch.Generator]) -> list[Tensor]:
+        plain = self.images.index_select(0, indices)
+        return [view(plain, stream) for view, stream in zip(self.views, streams, strict=True)] or [plain]
+
+
+@dataclass
+class _Files(_Source):
+    samples: Samples
+    size: int
+    channels: int
+
+    def augmented(self, indices: Tensor, streams: list[torch.Generator]) -> list[Tensor]:
+        windows = [view.windows(len(indices), stream) for view, stream in zip(self.views, streams, strict=True)]
+        keep = image_keep([view.steps for view in self.views], self.size)
+        needed = windows or [None]
+        views: list[list[Tensor]] = [[] for _ in needed]
+        for row, index in enumerate(indices.tolist()):
+            image = decode(self.samples.root / self.samples.paths[index], self.channels)
+            for view, window in zip(views, needed, strict=True):
+                view.append(keep(image) if window is None else cut_file(image, window[row], self.size))
+        plain = [torch.stack(view) for view in views]
+        return [view.finish(x, stream) for view, x, stream in zip(self.views, plain, streams, strict=False)] or plain
+
+
+def _views(augment: _Augment) -> list[BatchAugment]:
+    if isinstance(augment, BatchAugment):
+        return [augment]
+    return list(augment or ())

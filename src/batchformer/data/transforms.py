@@ -1,21 +1,21 @@
-"""Augmentation by name, for batches in memory and for single image files alike, and the mixing of samples.
+"""Augmentation by name, and the mixing of samples.
 
-A list of steps such as ``["crop=4", "flip", "autoaugment", "cutout=16"]`` (a name, then numbers after ``=``) is
-what a recipe holds. :class:`BatchAugment` turns it into one function of a batch of uint8 images,
-:func:`image_augment` into a torchvision pipeline for one Pillow image.
+A recipe holds a list of steps such as ``["crop=4", "flip", "autoaugment", "cutout=16"]``: a name, then numbers after
+``=``. :class:`BatchAugment` makes one function of a batch of uint8 images of it, for images in memory and for image
+files alike.
 
-| step | numbers (defaults) | what |
+| step | numbers (defaults) | effect |
 |---|---|---|
-| crop | padding (4) | pad with black, cut a random window |
-| resized_crop | smallest share of the area (0.08) | random area and aspect ratio, resized |
-| flip | probability (0.5) | mirror left and right |
-| rotate | degrees (15) | random angle up to this |
-| color_jitter | brightness, contrast, saturation, hue, probability (0.4, 0.4, 0.4, 0, 1) | random colour changes |
-| grayscale | probability (0.2) | take the colour away |
-| blur | probability (0.5) | Gaussian, sigma 0.1 to 2 |
+| crop | padding (4) | pads with black and cuts a random window |
+| resized_crop | smallest share of the area (0.08) | cuts a window of random area and aspect ratio, and resizes it |
+| flip | probability (0.5) | mirrors left and right |
+| rotate | degrees (15) | turns by a random angle up to this |
+| color_jitter | brightness, contrast, saturation, hue, probability (0.4, 0.4, 0.4, 0, 1) | changes colours randomly |
+| grayscale | probability (0.2) | takes the colour away |
+| blur | probability (0.5) | Gaussian blur, sigma 0.1 to 2 pixels |
 | autoaugment | - | learned policy: CIFAR-10's up to 64 pixels, ImageNet's above |
 | randaugment | operations, magnitude 0..10 (2, 9) | random operations; 10 is the strongest |
-| cutout | size (16) | black out a square |
+| cutout | size (16) | blacks out a square |
 """
 
 import re
@@ -25,6 +25,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -62,20 +63,20 @@ _MOST_NUMBERS = {
     "randaugment": 2,
     "cutout": 1,
 }
-_GREY = 128  # what leaves the frame in AutoAugment and RandAugment, as in the published policies
+_GREY = 128  # fills what comes into the frame in AutoAugment and RandAugment, as in the published policies
 _RANDAUGMENT_LEVELS = 11  # 0..10, so that 10 is the strongest: the scale of the published "rand-m10-n2"
 
 
 def resolve_steps(augment: str | Sequence[str], size: int) -> tuple[str, ...]:
-    """Turn a preset name, ``"auto"`` or a list of steps into a checked list of steps.
+    """Turn the name of a preset, ``"auto"`` or a list of steps into a checked list of steps.
 
     Args:
-        augment: A key of :data:`PRESETS`; ``"auto"`` (crop and flip when small, resized crop and flip otherwise);
-            or steps.
+        augment: A key of :data:`PRESETS`; ``"auto"`` (crop and flip for small images, resized crop and flip for
+            others); or steps.
         size: Working size in pixels.
 
     Raises:
-        DataError: An unknown preset, unknown steps or wrong numbers, all in one message.
+        DataError: There is an unknown preset or step, or a wrong number; all of them are in one message.
 
     Example:
         >>> resolve_steps("auto", 32), resolve_steps(["flip", "cutout=8"], 32)
@@ -101,7 +102,7 @@ def _problem(step: str) -> str:
         return f"unknown {step!r}"
     values = numbers.split(",") if numbers else []
     if len(values) > _MOST_NUMBERS[name]:
-        return f"{step!r} with {len(values)} numbers, at most {_MOST_NUMBERS[name]} wanted"
+        return f"{step!r} with {len(values)} numbers, at most {_MOST_NUMBERS[name]} allowed"
     if not all(re.fullmatch(r"\s*\d+(\.\d*)?\s*|\s*\.\d+\s*", value) for value in values):
         return f"{step!r} with something that is not a positive number"
     return ""
@@ -113,11 +114,14 @@ def _parse(step: str) -> tuple[str, list[float]]:
 
 
 class BatchAugment:
-    """A list of steps as one function of a batch, for images in memory. Can be pickled.
+    """Function of a batch that applies a list of steps, with a random draw for each image. It can be pickled.
+
+    A ``resized_crop`` that comes first cuts from all pixels at hand: of images in memory from the centred square that
+    is kept of them, of image files from the whole picture. Everything else is the same for both, to the bit.
 
     Args:
-        steps: As in the table on top, or a preset's name.
-        size: Working size in pixels (chooses AutoAugment's policy).
+        steps: Steps as in the table at the top of this module, or the name of a preset.
+        size: Working size in pixels; chooses AutoAugment's policy.
 
     Raises:
         DataError: An unknown or malformed step.
@@ -131,10 +135,23 @@ class BatchAugment:
 
     def __init__(self, steps: str | Sequence[str], size: int) -> None:
         self.steps = resolve_steps(steps, size)
-        self._functions = [_batch_step(*_parse(step), size) for step in self.steps]
+        parsed = [_parse(step) for step in self.steps]
+        self._smallest: float | None = None
+        if parsed and parsed[0][0] == "resized_crop":
+            self._smallest = (parsed.pop(0)[1] or [0.08])[0]
+        self._functions = [_batch_step(name, numbers, size) for name, numbers in parsed]
 
     def __call__(self, images: Tensor, stream: torch.Generator) -> Tensor:
         """Augment (N, C, H, W) uint8 images with the randomness of ``stream`` alone."""
+        windows = self.windows(len(images), stream)
+        return self.finish(images if windows is None else batched.cut(images, windows), stream)
+
+    def windows(self, count: int, stream: torch.Generator) -> Tensor | None:
+        """Draw the windows (N, 4) that a first ``resized_crop`` cuts, for :func:`cut_file`; ``None`` without one."""
+        return None if self._smallest is None else batched.windows(count, stream, self._smallest)
+
+    def finish(self, images: Tensor, stream: torch.Generator) -> Tensor:
+        """Apply the steps after the windows to (N, C, H, W) uint8 images; ``stream`` has drawn the windows."""
         for function in self._functions:
             images = function(images, stream)
         return images
@@ -164,47 +181,38 @@ def _batch_step(name: str, numbers: list[float], size: int) -> batched.Step:
     return partial(function, **dict(zip(keywords, numbers, strict=False)))
 
 
-def image_augment(steps: str | Sequence[str], size: int) -> v2.Compose:
-    """Build the training pipeline for one Pillow image: Pillow image in, (C, ``size``, ``size``) uint8 tensor out.
+def cut_file(image: Image.Image, window_4: Tensor, size: int) -> Tensor:
+    """Cut a window out of a decoded file and resize it to a uint8 tensor (C, ``size``, ``size``).
 
-    Without a ``resized_crop`` among the steps the short side is resized and the centre cut out first. Its randomness is
-    torch's global stream: run it under :func:`seeded`.
+    A picture that has the working size is cut exactly as in memory. A larger one is resized by Pillow, which smooths
+    where it reduces; the window has the same share of the area and the same aspect ratio in pixels.
 
-    Raises:
-        DataError: An unknown or malformed step.
+    Args:
+        image: The picture, in 8-bit grey or RGB.
+        window_4: One row of :meth:`BatchAugment.windows`.
+        size: Working size in pixels.
+
+    Example:
+        >>> from PIL import Image
+        >>> window = BatchAugment(["resized_crop"], 8).windows(1, torch.Generator().manual_seed(0))[0]
+        >>> cut_file(Image.new("RGB", (30, 20)), window, 8).shape
+        torch.Size([3, 8, 8])
     """
-    parsed = [_parse(step) for step in resolve_steps(steps, size)]
-    first: list[Any] = [] if any(name == "resized_crop" for name, _ in parsed) else _fit(size)
-    middle = [_image_step(name, numbers, size) for name, numbers in parsed if name != "cutout"]
-    last = [_Cutout(int(numbers[0]) if numbers else 16) for name, numbers in parsed if name == "cutout"]
-    return v2.Compose([*first, *middle, v2.PILToTensor(), *last])
-
-
-def _image_step(name: str, numbers: list[float], size: int) -> Any:
-    if name == "crop":
-        return v2.RandomCrop(size, padding=int(numbers[0]) if numbers else 4)
-    if name == "resized_crop":
-        return v2.RandomResizedCrop(size, scale=(numbers[0] if numbers else 0.08, 1.0), antialias=True)
-    if name == "flip":
-        return v2.RandomHorizontalFlip(*numbers)
-    if name == "rotate":
-        return v2.RandomRotation(numbers[0] if numbers else 15.0)
-    if name == "color_jitter":
-        *strengths, probability = [*numbers, *(0.4, 0.4, 0.4, 0.0, 1.0)[len(numbers) :]]
-        return v2.RandomApply([v2.ColorJitter(*strengths)], p=probability)
-    if name == "grayscale":
-        return v2.RandomGrayscale(numbers[0] if numbers else 0.2)
-    if name == "blur":
-        return v2.RandomApply(
-            [v2.GaussianBlur(2 * max(1, size // 20) + 1, (0.1, 2.0))], p=numbers[0] if numbers else 0.5
-        )
-    if name == "autoaugment":
-        return v2.AutoAugment(_policy(size), fill=_GREY)
-    return v2.RandAugment(*_randaugment_arguments(numbers), fill=_GREY)
+    width, height = image.size
+    if width == height == size:
+        return batched.cut(v2.functional.pil_to_tensor(image)[None], window_4[None])[0]
+    wide, high, x, y = window_4.tolist()
+    wide = min(1.0, wide * (height / width) ** 0.5) * width
+    high = min(1.0, high * (width / height) ** 0.5) * height
+    left, top = (width - wide) * (1 + x) / 2, (height - high) * (1 + y) / 2
+    box = (left, top, min(width, left + wide), min(height, top + high))
+    resized = image.resize((size, size), Image.Resampling.BILINEAR, box)
+    pixels: Tensor = v2.functional.pil_to_tensor(resized)
+    return pixels
 
 
 def image_eval(size: int) -> v2.Compose:
-    """Build the test pipeline for one Pillow image, or for uint8 images (..., H, W).
+    """Build the evaluation pipeline for one Pillow image, or for uint8 images (..., H, W).
 
     Above :data:`SMALL` the short side becomes 8/7 of ``size`` (256 for 224), else ``size``; the centre is cut out.
     """
@@ -212,19 +220,23 @@ def image_eval(size: int) -> v2.Compose:
 
 
 def image_keep(steps: Sequence[str | Sequence[str]], size: int) -> v2.Compose:
-    """Build what training images are kept in memory by, for :class:`BatchAugment` with these steps of each view.
+    """Build the pipeline that brings training images to the working size, before :class:`BatchAugment`.
 
-    As in :func:`image_augment` that is the test pipeline, except that ``resized_crop`` would cut from the whole file;
-    in memory there is the largest centred square, at ``size``.
+    That is the evaluation pipeline, except that it keeps the largest centred square if every view has a
+    ``resized_crop``, which then cuts from as much of the picture as possible.
+
+    Args:
+        steps: Steps, or the name of a preset, of each view; without views images are evaluated.
+        size: Working size in pixels.
     """
     names = [{_parse(step)[0] for step in resolve_steps(view, size)} for view in steps]
-    if all("resized_crop" in view for view in names):
+    if names and all("resized_crop" in view for view in names):
         return v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
     return image_eval(size)
 
 
 def evaluation_rule(size: int) -> dict[str, int]:
-    """What :func:`image_eval` does, as numbers for other programs.
+    """Return what :func:`image_eval` does as numbers for other programs.
 
     Example:
         >>> evaluation_rule(224), evaluation_rule(32)
@@ -247,18 +259,6 @@ def _randaugment_arguments(numbers: list[float]) -> tuple[int, int, int]:
     if magnitude >= _RANDAUGMENT_LEVELS:
         raise DataError(f"Expected a randaugment magnitude from 0 to {_RANDAUGMENT_LEVELS - 1}, got {magnitude:g}.")
     return int(operations), int(magnitude), _RANDAUGMENT_LEVELS
-
-
-class _Cutout(torch.nn.Module):
-    """The batched cutout on one image, with a stream that follows torch's global seed."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-
-    def forward(self, image: Tensor) -> Tensor:
-        stream = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        return batched.cutout(image[None], stream, self.size)[0]
 
 
 @contextmanager
@@ -290,18 +290,18 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 class Mix:
-    """Mixup and CutMix of a batch, giving soft targets; one of the two is drawn per batch when both are on.
+    """Mixup and CutMix of a batch, giving soft targets; one of the two is drawn for each batch when both are on.
 
-    Mixup: Zhang et al., ICLR 2018; CutMix: Yun et al., ICCV 2019; both torchvision's. Do this *before* BatchFormer
-    doubles the targets.
+    Both are torchvision's: mixup of Zhang et al., ICLR 2018, and CutMix of Yun et al., ICCV 2019. Mix *before*
+    BatchFormer doubles the targets.
 
     Args:
-        num_classes: K.
-        mixup_alpha: Parameter of the Beta distribution; 0 switches mixup off.
-        cutmix_alpha: The same for CutMix.
+        num_classes: Number of classes K.
+        mixup_alpha: Parameter of mixup's Beta distribution; 0 switches mixup off.
+        cutmix_alpha: Parameter of CutMix's Beta distribution; 0 switches CutMix off.
 
     Raises:
-        DataError: A negative alpha, or both 0.
+        DataError: An alpha is negative, or both are 0.
 
     Example:
         >>> images, targets = Mix(3, mixup_alpha=1.0)(torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]), seed=0)

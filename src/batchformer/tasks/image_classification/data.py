@@ -4,17 +4,15 @@ Everything is a function of the data and the seeds in the arguments. Axes: M ima
 """
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from batchformer.data import checks, fetch, images, lists
-from batchformer.data.loader import ImageDataset, ImageLoader, TensorLoader
+from batchformer.data.loader import ImageLoader, TensorLoader
 from batchformer.data.samplers import EpochSampler, EvalSampler, SamplerKind
-from batchformer.data.transforms import SMALL, BatchAugment, Mix, image_augment, image_eval, image_keep
+from batchformer.data.transforms import SMALL, BatchAugment, Mix, image_eval, image_keep
 from batchformer.tasks.training.data import TaskData
 
 from .normalization import Normalize, Statistics, known_statistics, measured_statistics
@@ -56,8 +54,8 @@ class ImageData(TaskData):
         normalize: ``"auto"``: the data set's published figures, ImageNet's for colour, the training set's for grey.
         num_workers: Worker processes for image files; ``None`` means one for each core, at most 8.
         memory_gib: Largest size in GiB up to which the whole data set is kept in memory, at the working size.
-            Evaluation does not depend on it; a ``resized_crop`` in training cuts from the centred square instead of
-            the whole file.
+            Results do not depend on it, with one exception: a ``resized_crop`` in training cuts from the centred
+            square that is kept in memory, or from the whole picture in its file.
         check_images: Decode every image file once before the first step (remembered between runs).
         drop_last: Leave out training images that fill no batch; ``None`` means only if there is a full batch.
         train_list: List file with lines "relative/path label"; ``None`` means the published name below the root.
@@ -205,11 +203,8 @@ class ImageData(TaskData):
         mix = None
         if self.mixup_alpha or self.cutmix_alpha:
             mix = Mix(self.num_classes, mixup_alpha=self.mixup_alpha, cutmix_alpha=self.cutmix_alpha)
-        size = self._size()
-        if part.images is not None:
-            views = [BatchAugment(steps, size) for steps in self._augmentations()]
-            return TensorLoader(part.images, part.labels, sampler, views, mean=self.mean, std=self.std, mix=mix)
-        return self._files(part, sampler, [image_augment(steps, size) for steps in self._augmentations()], mix)
+        views = [BatchAugment(steps, self._size()) for steps in self._augmentations()]
+        return self._loader(part, sampler, views, mix)
 
     def val_dataloader(self) -> TensorLoader | ImageLoader:
         """Return the validation batches of this process."""
@@ -221,21 +216,25 @@ class ImageData(TaskData):
 
     def _evaluation(self, name: str) -> TensorLoader | ImageLoader:
         part = self._part(name)
-        sampler = self.eval_sampler(len(part.labels))
-        if part.images is not None:
-            return TensorLoader(part.images, part.labels, sampler, mean=self.mean, std=self.std)
-        return self._files(part, sampler, [image_eval(self._size())], None)
+        return self._loader(part, self.eval_sampler(len(part.labels)), [], None)
 
-    def _files(
-        self,
-        part: Part,
-        sampler: EpochSampler | EvalSampler,
-        transforms: list[Callable[[Image.Image], Tensor]],
-        mix: Mix | None,
-    ) -> ImageLoader:
+    def _loader(
+        self, part: Part, sampler: EpochSampler | EvalSampler, views: list[BatchAugment], mix: Mix | None
+    ) -> TensorLoader | ImageLoader:
+        if part.images is not None:
+            return TensorLoader(part.images, part.labels, sampler, views, mean=self.mean, std=self.std, mix=mix)
         assert part.samples is not None
-        dataset = ImageDataset(part.samples, transforms, channels=self.in_channels, seed=self.seed)
-        return ImageLoader(dataset, sampler, mean=self.mean, std=self.std, num_workers=self.workers(), mix=mix)
+        return ImageLoader(
+            part.samples,
+            sampler,
+            views,
+            size=self._size(),
+            channels=self.in_channels,
+            mean=self.mean,
+            std=self.std,
+            num_workers=self.workers(),
+            mix=mix,
+        )
 
     def _part(self, name: str) -> Part:
         self.setup()
