@@ -55,7 +55,7 @@ def test_a_folder_without_environment_falls_back_on_the_host(folders, tmp_path):
     (folder / "environment.json").unlink()
     (run,) = find_runs([folder]).runs
     assert hardware(run) == "cpu Example CPU @ 2.00GHz, cores 2"
-    assert versions(run) == ({}, "not recorded")
+    assert versions(run) == "not recorded"
 
 
 def test_an_undefined_metric_is_named(folders, tmp_path):

@@ -48,7 +48,7 @@ def run_caveats(runs: Sequence[Run]) -> list[str]:
     kinds: tuple[tuple[str, Callable[[Run], str], str], ...] = (
         ("hardware", hardware, "times are not comparable, and numbers may differ in the last digits"),
         ("precision", precision, "results and times of different precisions are not comparable without care"),
-        ("versions", lambda run: versions(run)[1], "differences between runs may come from the libraries"),
+        ("versions", versions, "differences between runs may come from the libraries"),
     )
     lines = []
     for what, read, consequence in kinds:
@@ -123,8 +123,6 @@ def precision(run: Run) -> str:
     return _flat(run.environment.get("precision") or run.host.get("precision") or "not recorded")
 
 
-def versions(run: Run) -> tuple[dict[str, str], str]:
-    """Package -> version, and the same in one line."""
-    found = run.environment.get("versions") or {}
-    table = {str(name): str(version) for name, version in found.items()} if isinstance(found, Mapping) else {}
-    return table, _flat(found) or "not recorded"
+def versions(run: Run) -> str:
+    """Packages and their versions, in one line."""
+    return _flat(run.environment.get("versions") or "not recorded")

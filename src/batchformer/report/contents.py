@@ -198,7 +198,7 @@ def _origin(runs: Sequence[Run], started: str = "") -> list[Fact]:
         ("Split", lambda run: run.split),
         ("Hardware", hardware),
         ("Precision", precision),
-        ("Versions", lambda run: versions(run)[1]),
+        ("Versions", versions),
         ("Code", lambda run: str(run.environment.get("git") or "not recorded")),
     )
     return [

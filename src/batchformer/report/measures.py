@@ -133,22 +133,18 @@ class Measure:
         """
         return 100 * value if self.is_fraction else value
 
-    def unscaled(self, shown: float) -> float:
-        """The value that is drawn at this place of an axis."""
-        return shown / 100 if self.is_fraction else shown
-
     @property
     def bounds(self) -> tuple[float, float]:
         """Lowest and highest possible place on an axis."""
         return (0.0, 100.0) if self.is_fraction else (-math.inf, math.inf)
 
-    def number(self, value: float, decimals: int | None = None) -> str:
+    def number(self, value: float) -> str:
         """A value without its unit; "n/a" where it is not defined."""
-        return f"{self.scaled(value):.{self.decimals if decimals is None else decimals}f}" if value == value else ABSENT
+        return ABSENT if math.isnan(value) else f"{self.scaled(value):.{self.decimals}f}"
 
     def short(self, value: float) -> str:
         """A value with one decimal less, for pictures."""
-        return self.number(value, max(0, self.decimals - 1))
+        return f"{self.scaled(value):.{max(0, self.decimals - 1)}f}"
 
     def spread(self, summary: Summary) -> str:
         """Mean ± sample standard deviation; the mean alone of a single value.
@@ -165,7 +161,7 @@ class Measure:
         """A difference with its sign and without its unit.
 
         Args:
-            difference: In the unit of the run folders.
+            difference: Difference of two values of the run folders.
             keep_sign: Give a difference that would be rounded to zero as many decimals as show its first digit.
                 The verdict depends on the side of zero on which the end of an interval lies, so rounding must not hide
                 it. What is no more than rounding of the computer stays zero.
@@ -175,7 +171,7 @@ class Measure:
             >>> AP.signed(0.0123), AP.signed(-0.00001234), AP.signed(0.0), mae.signed(-1.5)
             ('+1.23', '-0.001', '+0.00', '-1.50')
         """
-        if difference != difference:
+        if math.isnan(difference):
             return ABSENT
         shown = self.scaled(difference)
         rounded = f"{shown:+.{self.decimals}f}"
@@ -192,8 +188,7 @@ class Measure:
 
     def interval(self, difference: PairedDifference) -> str:
         """The interval of a paired difference in brackets; "none" where there are too few pairs for one."""
-        ends = f"[{self.signed(difference.low)}, {self.signed(difference.high)}]" if difference.has_interval else "none"
-        return ends
+        return f"[{self.signed(difference.low)}, {self.signed(difference.high)}]" if difference.has_interval else "none"
 
     def described(self, difference: PairedDifference) -> str:
         """A paired difference with unit, interval and number of pairs, for a sentence.

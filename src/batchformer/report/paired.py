@@ -99,7 +99,7 @@ def t_quantile(probability: float, degrees: int) -> float:
     """Quantile of Student's t distribution.
 
     Args:
-        probability: In (0, 1).
+        probability: Probability below the quantile, in (0, 1).
         degrees: Degrees of freedom, at least 1.
 
     Raises:

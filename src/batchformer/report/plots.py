@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .curves import read_curves, seed_curves
+from .curves import seed_curves
 from .measures import INTERVAL, Measure
 from .paired import PairedDifference, summarize
 from .render import one_line
@@ -178,7 +178,7 @@ def _keep_inside(ax: "Axes", measure: Measure) -> None:
 
 def _class_ticks(ax: "Axes", names: Sequence[str], images: Sequence[float], sorted_by: str) -> None:
     if len(names) > 30:
-        ax.set_xlabel(f"{len(names)} classes, sorted by {sorted_by}")
+        ax.set_xlabel(f"{len(names)} classes, sorted by {_plain_text(sorted_by)}")
         return
     for rank, count in enumerate(images):
         ax.annotate(f"{count:g}", (rank, count), xytext=(0, 2), textcoords="offset points", ha="center", fontsize=7)
@@ -191,7 +191,7 @@ def _class_ticks(ax: "Axes", names: Sequence[str], images: Sequence[float], sort
         ha="center" if upright else "right",
         rotation_mode="anchor",
     )
-    ax.set_xlabel(f"class, sorted by {sorted_by}")
+    ax.set_xlabel(f"class, sorted by {_plain_text(sorted_by)}")
 
 
 def _running_mean(values: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]", window: int) -> list[float]:
@@ -202,11 +202,7 @@ def _running_mean(values: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]", w
 
 def curve_columns(comparison: Comparison) -> list[str]:
     """The columns of ``metrics.csv`` worth a plot that the runs have: the primary metric and the training loss."""
-    names: dict[str, None] = {}
-    for run in comparison.runs:
-        if (run.path / "metrics.csv").is_file():
-            names.update(dict.fromkeys(read_curves(run.path)))
-    return [name for name in (f"val_{comparison.primary}", "train_loss") if name in names]
+    return [name for name in (f"val_{comparison.primary}", "train_loss") if seed_curves(comparison, name)]
 
 
 def plot_curves(comparison: Comparison, column: str = "train_loss") -> tuple["Figure", "Axes"]:
@@ -293,8 +289,7 @@ def _groups(comparison: Comparison) -> list[Measure]:
 
 
 def _finite(comparison: Comparison, arm: str, measure: Measure) -> list[float]:
-    values = comparison.values(arm, measure.name).values()
-    return [measure.scaled(value) for value in values if math.isfinite(value)]
+    return [value for value in comparison.values(arm, measure.name).values() if math.isfinite(value)]
 
 
 def has_groups(comparison: Comparison) -> bool:
@@ -323,13 +318,14 @@ def plot_groups(comparison: Comparison) -> tuple["Figure", "Axes"]:
             values = _finite(comparison, arm, group)
             if not values:
                 continue
-            x, mean = place + offset, sum(values) / len(values)
-            ax.bar(x, mean, 0.92 * width, color=_colour(comparison, arm), alpha=0.55, label=name)
+            x, mean = place + offset, summarize(values).mean
+            dots = [group.scaled(value) for value in values]
+            ax.bar(x, group.scaled(mean), 0.92 * width, color=_colour(comparison, arm), alpha=0.55, label=name)
             name = None
             spread = np.linspace(-0.25, 0.25, len(values)) * width if len(values) > 1 else [0.0]
-            ax.plot(x + np.asarray(spread), values, "o", color="black", markersize=2.6, alpha=0.75)
-            text = group.short(group.unscaled(mean))
-            ax.annotate(text, (x, max(values)), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=7.5)
+            ax.plot(x + np.asarray(spread), dots, "o", color="black", markersize=2.6, alpha=0.75)
+            text, top = group.short(mean), (x, max(dots))
+            ax.annotate(text, top, xytext=(0, 3), textcoords="offset points", ha="center", fontsize=7.5)
     ax.set_xticks(range(len(groups)), [_plain_text(group.part) for group in groups])
     ax.tick_params(axis="x", length=0)
     measure = comparison.measure(comparison.primary)
