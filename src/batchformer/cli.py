@@ -144,11 +144,7 @@ def _add_data_verbs(add: AddVerb) -> None:
 
 def _add_training_verbs(add: AddVerb) -> None:
     fit = add("fit", _fit, "train one run, then test the plain network", OVERRIDES)
-    fit.add_argument(
-        "recipe",
-        metavar="RECIPE",
-        help="name of a recipe (batchformer ls lists them), a .yaml file, or a run folder with --resume",
-    )
+    fit.add_argument("recipe", metavar="RECIPE", help="recipe by name, a .yaml file, or a run folder with --resume")
     fit.add_argument("--name", help="name of the run folder (default: recipe, arm and seed)")
     fit.add_argument("--out", default="runs", help="folder that run folders are made in (default: runs)")
     fit.add_argument("--resume", action="store_true", help="go on exactly where the run stopped")
@@ -157,28 +153,19 @@ def _add_training_verbs(add: AddVerb) -> None:
     test = add("test", _test, "test the plain network of a run on the test split")
     test.add_argument("run_folder", metavar="RUN")
 
-    compare = add(
-        "compare", _compare, "compare the plain network with +BatchFormer on the same seeds and data order", OVERRIDES
-    )
-    compare.add_argument(
-        "recipe", metavar="RECIPE", nargs="?", help=f"default: {MAIN_RECIPE}, or {FOLDER_RECIPE} with --data.root"
-    )
-    compare.add_argument(
-        "--seeds", default="3", help="number of seeds (0, 1, ...), or a list of them such as 3,5,8 (default: 3)"
-    )
+    compare = add("compare", _compare, "compare plain with +BatchFormer on the same seeds and data order", OVERRIDES)
+    default = f"recipe (default: {MAIN_RECIPE}, or {FOLDER_RECIPE} with --data.root)"
+    compare.add_argument("recipe", metavar="RECIPE", nargs="?", help=default)
+    compare.add_argument("--seeds", default="3", help="number of seeds, or a list such as 3,5,8 (default: 3)")
     compare.add_argument("--controls", default="", help="control arms out of frozen,self_only,duplicate,single_stream")
     compare.add_argument("--name", help="name of the comparison's folder (default: compare- and the recipe)")
     compare.add_argument("--out", default="runs", help="folder that it is made in (default: runs)")
-    compare.add_argument(
-        "--resume", action="store_true", help="go on where the comparison stopped, or add seeds and controls"
-    )
+    compare.add_argument("--resume", action="store_true", help="go on where it stopped, or add seeds and controls")
 
 
 def _add_result_verbs(add: AddVerb) -> None:
     report = add("report", _report, "write tables and plots of runs and comparisons")
-    report.add_argument(
-        "runs", metavar="RUN", nargs="+", help="run folders, comparison folders, or folders that hold such folders"
-    )
+    report.add_argument("runs", metavar="RUN", nargs="+", help="run or comparison folders, or folders of such folders")
     report.add_argument("--out", help="folder of the report (default: report/ in the first RUN)")
 
     export = add("export", _export, "write the plain network as safetensors and ONNX")
@@ -191,12 +178,7 @@ def _add_result_verbs(add: AddVerb) -> None:
     predict.add_argument("images", metavar="IMAGES", nargs="+", help="image files, or folders of images")
     predict.add_argument("--out", help="folder of the predictions (default: predictions/ in RUN)")
     predict.add_argument("--threshold", type=float, help="lowest score to show, 0 to 1 (default: the task's own)")
-    predict.add_argument(
-        "--beside",
-        metavar="RUN",
-        nargs="+",
-        help="further runs whose maps are drawn beside it (panoptic segmentation only)",
-    )
+    predict.add_argument("--beside", metavar="RUN", nargs="+", help="runs whose maps are drawn beside it (panoptic)")
 
     convert = add(
         "convert", _convert, "turn a published checkpoint of the DETR family into a folder that transformers loads"

@@ -24,6 +24,7 @@ from .config import setting, task_of
 from .errors import ConfigError
 from .metrics import shown
 from .run import DONE, discard, first_rank, fit
+from .stages import word
 from .tasks import task_class, tasks
 
 PLAN = "compare.json"
@@ -95,7 +96,7 @@ def _run_all(
         run = folder / arm / (f"seed{seed}-{unit.name}" if unit.name else f"seed{seed}")
         before = (run / DONE).exists()
         own = [*overrides, "--trainer.devices=1", f"--seed={seed}", f"--model.batchformer.arm={arm}"]
-        own += [f"--{key}={json.dumps(value)}" for key, value in unit.settings.items()]
+        own += [word(key, value) for key, value in unit.settings.items()]
         result = _run_in_process(recipe, own, run, plan["recipe"], unit.name or None, plan["command"])
         value = shown(plan["primary"], result["metrics"].get(plan["primary"]), result.get("measures", ()))
         note = "kept" if before else f"{result['cost']['train_seconds']:.0f} s of training"

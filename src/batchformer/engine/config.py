@@ -128,7 +128,7 @@ def _in_todays_terms(
             f"Settings of an older version in {recipe} or its overrides: {', '.join(gone)}. In today's terms they are: "
             f"{', '.join(f'{key}={now[key]}' for key in new)}.",
             FutureWarning,
-            stacklevel=3,
+            stacklevel=1,  # one place, so that it is shown once however often the recipe is read
         )
     return yaml.safe_dump(_nested(now), sort_keys=False), []
 

@@ -130,8 +130,7 @@ def _parse_stage(
 ) -> LightningCLI:
     """Parse and instantiate a stage."""
     cli = parse(recipe, overrides, planned.overrides, **_surroundings(folder, callbacks))
-    if isinstance(cli.model, Task):  # TEMPORARY, until all tasks are on the base class
-        cli.model.stage = stage
+    cli.model.stage = stage
     cli.trainer.strategy.checkpoint_io = WholeCheckpoints()
     return cli
 

@@ -92,12 +92,22 @@ def plan(listed: Sequence[StageSettings] | None, known: Mapping[str, str]) -> li
     planned, epochs = [], 0
     for one in listed:
         end = epochs + one.epochs
-        words = [f"--{key}={json.dumps(value)}" for key, value in one.settings.items()]
+        words = [word(key, value) for key, value in one.settings.items()]
         stage = Stage(one.name, one.epochs, epochs)
         overrides = (*words, f"--trainer.max_epochs={end}")
         planned.append(PlannedStage(stage, one.start_from, overrides, last=one is listed[-1]))
         epochs = end
     return planned
+
+
+def word(key: str, value: Any) -> str:
+    """Return a setting as a ``--key=value`` word.
+
+    Example:
+        >>> word("data.sampler", "class_balanced"), word("model.optimizer.milestones", [3, 4])
+        ('--data.sampler=class_balanced', '--model.optimizer.milestones=[3, 4]')
+    """
+    return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def fold(words: Sequence[str], listed: Any) -> list[str]:
@@ -114,14 +124,14 @@ def fold(words: Sequence[str], listed: Any) -> list[str]:
         ['--stages=[{"name": "train", "epochs": 9}, {"name": "crt", "epochs": 2}]']
     """
     rest, changes = [], []
-    for word in words:
-        key, _, value = word.removeprefix("--").partition("=")
+    for given in words:
+        key, _, value = given.removeprefix("--").partition("=")
         if key == "stages":
             listed = yaml.safe_load(value)
         elif key.startswith(PREFIX):
             changes.append((*key.removeprefix(PREFIX).partition(".")[::2], yaml.safe_load(value)))
         else:
-            rest.append(word)
+            rest.append(given)
     if not changes:
         return list(words)
     stages = {str(one.get("name")): dict(one) for one in listed or ()}

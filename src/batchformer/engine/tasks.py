@@ -15,7 +15,7 @@ import importlib
 from importlib import metadata, util
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from batchformer.tasks.training.task import Task
@@ -64,26 +64,7 @@ def task_class(task: str) -> "type[Task]":
     """
     module, _, name = tasks()[task].partition(":")
     found: type[Task] = getattr(_imported(module, task), name)
-    if not hasattr(found, "data_type"):  # TEMPORARY, until all tasks are on the base class
-        _stand_in(found, task)
     return found
-
-
-def _stand_in(found: "type[Task]", task: str) -> None:
-    """TEMPORARY, until all tasks are on the base class."""
-    from batchformer.tasks.training.contract import Measure, Stage, Unit
-
-    data = importlib.import_module(f"batchformer.tasks.{task}.data")
-    old: Any = found
-    old.data_type = getattr(
-        data, {"longtail": "LongTailData", "detection": "DetectionData", "panoptic": "PanopticData"}[task]
-    )
-    old.stages, old.measures = {"train": ""}, (Measure(old.primary, old.primary),)
-    old.translate_settings = staticmethod(lambda settings: settings)
-    old.units = staticmethod(lambda setting: (Unit(),))
-    old.batchformer = property(lambda self: self.plug_in)
-    if task == "detection":
-        old.stage = Stage("train")
 
 
 def task_part(task: str, part: str) -> ModuleType:

@@ -3,11 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any
 
 from torch import Tensor, nn
-
-from .settings import BatchFormerSettings
 
 
 @dataclass(frozen=True)
@@ -103,50 +101,3 @@ class Exportable:
     dynamic_batch: bool = True
     onnx_refusal: str | None = None
     more: Callable[[Path], Sequence[Path]] | None = None
-
-
-# TEMPORARY, until all tasks are on the base class.
-@runtime_checkable
-class TaskModule(Protocol):
-    """A LightningModule that the engine can run.
-
-    It logs ``train_loss``, ``val_<metric>`` (the primary one among them) and ``test_<metric>``: fractions in 0..1, NaN
-    where there is nothing to measure.
-
-    Attributes:
-        primary: The test metric of a comparison's verdict, named before any run: ``"top1"``, ``"AP"``, ``"PQ"``.
-        class_metric: What ``ClassResult.value`` is: ``"accuracy"``, ``"AP"``, ``"PQ"``.
-        class_count: What ``ClassResult.count`` counts: ``"training images"``, ``"training boxes"``.
-        seed: Of the run.
-        plug_in: The module and the arm.
-        network: With the module in it; ``None`` before ``setup()``.
-        test_seconds: Spent on the forward passes of the test.
-        test_images: That the test has seen.
-    """
-
-    primary: ClassVar[str]
-    class_metric: ClassVar[str]
-    class_count: ClassVar[str]
-    seed: int
-    plug_in: BatchFormerSettings
-    network: nn.Module | None
-    test_seconds: float
-    test_images: int
-
-    def class_results(self) -> list[ClassResult]:
-        """Each class after the test."""
-        ...
-
-    def notes(self) -> list[str]:
-        """Sentences for the run's record after the test: what trains and what is frozen, what was left out."""
-        ...
-
-    @staticmethod
-    def not_comparable(setting: Callable[[str], Any]) -> str | None:
-        """Why the arms of a comparison would all be alike with these settings; ``None`` where they differ.
-
-        Args:
-            setting: Gives the value of a key such as ``"model.stage.second"`` as recipe and overrides say it, ``None``
-                where they are silent.
-        """
-        ...

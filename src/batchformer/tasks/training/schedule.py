@@ -15,13 +15,12 @@ DIVERGED = (
 """Advice at the end of the error about a loss or outputs that are not finite."""
 
 
-def optimization(  # noqa: D417  # TEMPORARY
+def optimization(
     groups: Sequence[dict[str, Any]],
     settings: OptimizerSettings,
-    trainer: Any = None,
     *,
-    steps: int = 0,
-    epochs: int = 0,
+    steps: int,
+    epochs: int,
 ) -> dict[str, Any]:
     """Return what ``configure_optimizers`` returns: SGD or AdamW, and the schedule, which moves on with every batch.
 
@@ -49,8 +48,6 @@ def optimization(  # noqa: D417  # TEMPORARY
         optimizer = torch.optim.SGD(groups, momentum=settings.momentum, nesterov=settings.nesterov)
     else:
         optimizer = torch.optim.AdamW(groups)
-    if trainer is not None:  # TEMPORARY, until all tasks are on the base class
-        steps, epochs = int(trainer.estimated_stepping_batches), trainer.max_epochs or 1
     steps = max(1, steps)
     epoch_steps = max(1, steps // max(1, epochs))
     schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -104,6 +104,3 @@ class OptimizerSettings:
     warmup_epochs: float = 0.0
     warmup_start: float = 0.0
     per_epoch: bool = False
-
-
-insert_plug_in = insert_from_settings  # TEMPORARY, until all tasks are on the base class

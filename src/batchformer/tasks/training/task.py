@@ -95,11 +95,6 @@ class Task(LightningModule):
         self.per_class: dict[str, list[float]] = {}
         self.test_seconds, self.test_images = 0.0, 0
 
-    @property
-    def plug_in(self) -> BatchFormerSettings:
-        """TEMPORARY, until all tasks are on this base class."""
-        return self.batchformer
-
     # ---------------------------------------------------------------- hooks of a task
 
     def check(self) -> None:
