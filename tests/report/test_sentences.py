@@ -123,7 +123,7 @@ def test_the_main_sentence(case, start):
     assert sentence.startswith(start)
     assert ("improves" in sentence) == (case == "better")
     if case == "open":
-        assert "neither a gain nor a proof that there is none" in sentence
+        assert "neither a gain nor a proof of no effect" in sentence
 
 
 def test_few_seeds_and_lack_of_spread_are_said():

@@ -267,7 +267,7 @@ def test_the_terminal_text_stays_under_120_columns(folders, tmp_path):
     comparison = read_comparison(folders.comparison(tmp_path / "cmp", folders.all_arms, range(4)))
     text = comparison_text(comparison)
     assert max(len(line) for line in text.splitlines()) < 120
-    for part in ("Controls", "Cost", "In words", "Caveats"):
+    for part in ("Controls", "Cost", "Conclusions", "Caveats"):
         assert f"\n{part}\n" in text
 
 

@@ -165,7 +165,7 @@ def test_one_stage_needs_no_column_and_older_results_say_so_of_their_test_time(f
     assert today.rows == older.rows
     assert "stage" not in today.columns
     assert "Test time is that of the forward passes alone." in today.notes[1]
-    assert "may include more than forward passes" in older.notes[1]
+    assert "may have timed more than forward passes" in older.notes[1]
 
 
 def test_units_pair_their_times_too(folders, tmp_path):

@@ -199,7 +199,7 @@ def _origin(runs: Sequence[Run], started: str = "") -> list[Fact]:
         ("Hardware", hardware),
         ("Precision", precision),
         ("Versions", versions),
-        ("Code", lambda run: str(run.environment.get("git") or "not recorded")),
+        ("Code version", lambda run: str(run.environment.get("git") or "not recorded")),
     )
     return [
         Fact("Date", " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else "not recorded"),

@@ -55,10 +55,10 @@ def _notes(comparison: Comparison, *, several: bool) -> tuple[str, ...]:
     steps = " Each stage has its own time per step." if several else ""
     test = "Test time is that of the forward passes alone."
     if not all(run.stages for run in comparison.runs):
-        test = "Test time comes from results of an earlier version, in which it may include more than forward passes."
+        test = "Test time comes from an earlier version, which may have timed more than forward passes."
     return (
         f"{spread} The ratio to plain compares runs on the same {same}.{steps}",
-        f"Times are wall-clock times, so other work of the machine is in them. {test}",
+        f"Times are wall-clock times and include whatever else the machine was doing. {test}",
         "Peak memory: resident memory of the process on CPU, allocated tensors on GPU. 'Above start': minus the memory "
         "in use before the first step, which leaves the memory that training added.",
         "Counts include frozen parameters; BatchFormer's exist only in training.",

@@ -92,7 +92,7 @@ def gain_sentence(difference: PairedDifference, measure: Measure) -> str:
         "improves": f"BatchFormer improves {label} over the plain network {numbers}.",
         "worsens": f"BatchFormer worsens {label} against the plain network {numbers}.",
         "no difference shown": f"These runs show no difference in {label} between BatchFormer and the plain network "
-        f"{numbers}. The interval includes zero, which is neither a gain nor a proof that there is none.",
+        f"{numbers}. The interval includes zero, which is neither a gain nor a proof of no effect.",
         "too few seeds": f"There are too few seeds to say whether BatchFormer changes {label} {numbers}. "
         f"At least {MIN_SEEDS} paired seeds are needed; 5 or more are better.",
     }[difference.verdict]
@@ -193,5 +193,5 @@ def multiple_comparisons(comparison: Comparison) -> str:
         text += f" There are no intervals: they take at least {MIN_SEEDS} paired seeds."
     if others := len(comparison.metric_names) - 1:
         metrics = "other metric" if others == 1 else f"{others} other metrics"
-        text += f" The {metrics} and the classes are descriptive: no correction for their number, no verdict."
+        text += f" The {metrics} and the classes are descriptive: no verdict, and no correction for their number."
     return text

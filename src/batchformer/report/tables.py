@@ -104,8 +104,8 @@ def difference_table(comparison: Comparison) -> Table:
             rows.append((arm, *cells))
     units = difference_units(measures)
     notes = (
-        f"{units[0].upper()}{units[1:]} with {INTERVAL}s, paired by seed. The numbers are descriptive: no correction "
-        "for the number of intervals.",
+        f"{units[0].upper()}{units[1:]} with {INTERVAL}s, paired by seed. These intervals are descriptive and not "
+        "corrected for their number.",
         *lower_is_better_note(measures),
     )
     return Table("Other metrics, difference to plain", ("arm", *heads(measures)), tuple(rows), notes)
@@ -141,7 +141,7 @@ def controls_table(comparison: Comparison) -> Table:
         difference = comparison.difference(TREATMENT, arm, comparison.primary)
         cells = (measure.mean(difference), measure.interval(difference), str(difference.n), verdict_text(difference))
         rows.append((arm, *cells, arm_text(comparison, arm)))
-    columns = ("control", "BatchFormer minus it", INTERVAL, "pairs", "verdict", "what the control is")
+    columns = ("control", "BatchFormer minus control", INTERVAL, "pairs", "verdict", "what the control is")
     units = difference_units([measure])
     note = f"{_capital(units)} of {measure.label}; 'improves' means that BatchFormer does better than the control."
     return Table("Controls", columns, tuple(rows), (note, *lower_is_better_note([measure])))

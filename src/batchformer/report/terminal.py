@@ -27,7 +27,7 @@ def comparison_text(comparison: Comparison, width: int = WIDTH) -> str:
         tables.append(replace(table, columns=table.columns[:-1], rows=tuple(row[:-1] for row in table.rows)))
     parts = [to_text(table, width) for table in (*tables, cost_table(comparison))]
     for title, lines in (
-        ("In words", [*conclusions(comparison), multiple_comparisons(comparison)]),
+        ("Conclusions", [*conclusions(comparison), multiple_comparisons(comparison)]),
         ("Caveats", caveats(comparison)),
     ):
         if lines:
