@@ -1,6 +1,6 @@
 """Learning from the relations between the samples of a mini-batch.
 
-The names load on first use, so that the command line's ``--help`` does not wait for torch.
+The public names load on first use, so that the command line's ``--help`` does not wait for torch.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'batchformer' has no attribute {name!r}")
     from . import core, insertion
 
-    # People search for BatchFormerV2: there is one layer and two ways to place it.
+    # BatchFormerV2 is a name that people search for: it is the same layer, applied at every token.
     value = core.BatchFormer if name == "BatchFormerV2" else getattr(core if hasattr(core, name) else insertion, name)
     globals()[name] = value
     return value

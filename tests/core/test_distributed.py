@@ -138,7 +138,7 @@ def inserted_twice_under_fsdp(rank: int, world: int) -> None:
 
 
 def compiled(rank: int, world: int) -> None:
-    """What the other ranks hold is asked for outside of the graph; the numbers stay exact, with other rows too."""
+    """The sizes of the other ranks are asked for outside of the graph; the numbers stay exact, with other rows too."""
     net = Net(True, 2, "all")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dynamo's own, where a graph goes on behind a break

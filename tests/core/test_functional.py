@@ -245,7 +245,7 @@ def test_softmax_is_fp32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("attend", ["batch", "self"])
 def test_memory_is_linear_in_the_batch(attend: str, masked: bool, drop: float) -> None:
-    """What autograd keeps for the backward pass grows with the rows, not with their square."""
+    """The tensors that autograd keeps for the backward pass grow with the rows, not with their square."""
 
     def kept(rows: int) -> int:
         total = 0

@@ -172,6 +172,9 @@ def test_a_head_that_a_library_names_may_have_hidden_layers() -> None:
     model = Parts(body=nn.Linear(4, 8), fc=Parts(coarse=nn.Linear(8, 5), fine=nn.Linear(8, 3)))
     with pytest.raises(ValueError, match="'fc.coarse' may stand beside 'fc.fine'"):
         last_linear(model, model.fc)
+    pooling = Parts(query=nn.Linear(8, 4), key=nn.Linear(8, 4), value=nn.Linear(8, 4), out=nn.Linear(4, 8))
+    with pytest.raises(ValueError, match="'query', 'key' may stand beside 'out'"):
+        last_linear(pooling, pooling)
 
 
 def test_without_any_linear_other_places_are_named() -> None:
@@ -180,9 +183,9 @@ def test_without_any_linear_other_places_are_named() -> None:
 
 
 def test_no_linear_at_the_end_raises_with_the_candidates() -> None:
-    with pytest.raises(ValueError, match=r"last module with parameters is '1', no Linear.*one of \['0'\]"):
+    with pytest.raises(ValueError, match=r"last module with parameters is '1', which is no Linear.*one of \['0'\]"):
         find_classifier(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)))
-    with pytest.raises(ValueError, match="last module with parameters is missing"):
+    with pytest.raises(ValueError, match="no module has parameters"):
         find_classifier(nn.Sequential(nn.ReLU()))
 
 
@@ -220,7 +223,7 @@ def test_a_model_may_offer_its_classifiers(offer: Callable[[nn.Module], object],
 def test_an_offer_that_is_not_there_raises() -> None:
     model = Offers(nn.Linear(8, 3))
     model.offer = lambda _: nn.Identity()
-    with pytest.raises(ValueError, match=r"a Identity without parameters stands in its place.*'heads.0'"):
+    with pytest.raises(ValueError, match=r"its classifier has no parameters \(class Identity\).*'heads.0'"):
         find_classifier(model)
     model.offer = lambda _: nn.Linear(8, 3)
     with pytest.raises(ValueError, match="that is not inside it"):

@@ -73,10 +73,11 @@ def last_linear(model: nn.Module, head: nn.Module | None = None) -> str:
         ValueError: If the last module with parameters is no ``Linear``, or if another head may stand beside it.
     """
     leaves = _leaves(model if head is None else head)
-    if not leaves or not isinstance(leaves[-1], nn.Linear):
-        found = repr(name_of(model, leaves[-1])) if leaves else "missing"
-        raise no_classifier(model, f"its last module with parameters is {found}, no Linear")
-    last = leaves[-1]
+    last = leaves[-1] if leaves else None
+    if not isinstance(last, nn.Linear):
+        if last is None:
+            raise no_classifier(model, "no module has parameters")
+        raise no_classifier(model, f"its last module with parameters is {name_of(model, last)!r}, which is no Linear")
     if others := _other_heads(model if head is None else head, last, one_head=head is not None):
         names = ", ".join(repr(name_of(model, other)) for other in others)
         raise no_classifier(model, f"{names} may stand beside {name_of(model, last)!r}: there may be several heads")
@@ -87,18 +88,20 @@ def _other_heads(part: nn.Module, last: nn.Linear, *, one_head: bool) -> list[nn
     """List the ends of earlier branches that may be heads beside ``last``.
 
     Only an ``nn.Sequential`` says in which order its parts run. Elsewhere an earlier branch that ends in a ``Linear``
-    surely runs before ``last`` only if a later branch takes its width. Even then it may be another head if it is of the
-    same class and input width as the branch of ``last``: a hidden layer of C channels and a head for C classes look
-    alike. In ``one_head`` it is a hidden layer.
+    surely runs before ``last`` only if a later branch takes its width; in ``one_head``, whose layers are a chain, only
+    if the next branch does. Even then it may be another head if it is of the same class and input width as the branch
+    of ``last``: a hidden layer of C channels and a head for C classes look alike. In ``one_head`` it is a hidden layer.
     """
     found: list[nn.Linear] = []
     while part is not last:
         branches = [child for child in part.children() if _leaves(child)]
         branch = next(child for child in reversed(branches) if last in child.modules())
+        widths = [_width(_leaves(child), _INPUTS) for child in branches]
         for index, child in enumerate([] if isinstance(part, nn.Sequential) else branches[: branches.index(branch)]):
-            end, widths = _leaves(child)[-1], [_width(_leaves(later), _INPUTS) for later in branches[index + 1 :]]
-            alike = type(child) is type(branch) and _width(_leaves(child), _INPUTS) == _width(_leaves(branch), _INPUTS)
-            if isinstance(end, nn.Linear) and (end.out_features not in widths or (alike and not one_head)):
+            later = widths[index + 1 : index + 2] if one_head else widths[index + 1 :]
+            alike = type(child) is type(branch) and widths[index] == widths[branches.index(branch)]
+            end = _leaves(child)[-1]
+            if isinstance(end, nn.Linear) and (end.out_features not in later or (alike and not one_head)):
                 found.append(end)
         part = branch
     return found
@@ -111,7 +114,7 @@ def name_of(model: nn.Module, wanted: nn.Module) -> str:
         ValueError: If it is not there, or has no parameters (``num_classes=0`` leaves an ``Identity``).
     """
     if not any(True for _ in wanted.parameters()):
-        raise no_classifier(model, f"a {type(wanted).__name__} without parameters stands in its place")
+        raise no_classifier(model, f"its classifier has no parameters (class {type(wanted).__name__})")
     for name, module in model.named_modules():
         if module is wanted:
             return str(name)

@@ -11,7 +11,7 @@ from batchformer.core.modules import Layout
 
 @dataclass(frozen=True)
 class InsertionPoint:
-    """A place in a model where a module is inserted: before or after the module of that name.
+    """A point in a model where a module is inserted: before or after the module of that name.
 
     Attributes:
         name: Dotted name of the module in the model.

@@ -387,7 +387,9 @@ def test_labels_doubled_before_are_refused(detector: Build, scenes: Build, kind:
     handle = insert(model, after=layers_of(model)[0], drop=0.0)
     name = "class_labels" if kind == "mask2former" else "labels"
     lists = {key: handle.expand(value) for key, value in batch.items() if isinstance(value, list)}
-    with pytest.raises(ValueError, match=f"{name} with one entry for each of the 2 samples, got 4.*doubled in the model"):
+    with pytest.raises(
+        ValueError, match=f"{name} with one entry for each of the 2 samples, got 4.*doubled in the model"
+    ):
         model(**{**batch, name: lists[name]})
     with pytest.raises(ValueError, match="each of the 2 samples, got 1"):
         model(batch["pixel_values"], **{**{key: batch[key] for key in lists}, name: batch[name][:1]})

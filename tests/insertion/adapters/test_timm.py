@@ -1,4 +1,4 @@
-"""What is special about timm's models."""
+"""Models of timm and their peculiarities."""
 
 import pytest
 import torch

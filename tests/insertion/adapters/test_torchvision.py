@@ -1,4 +1,4 @@
-"""What is special about torchvision's models."""
+"""Models of torchvision and their peculiarities."""
 
 import pytest
 import torch
@@ -32,14 +32,14 @@ def test_detectors_are_refused() -> None:
 def test_a_classifier_that_was_taken_away() -> None:
     model = models.resnet18()
     model.fc = nn.Identity()
-    with pytest.raises(ValueError, match="0 of .* are there with parameters"):
+    with pytest.raises(ValueError, match="0 of its modules .* have parameters"):
         insert(model, before="auto")
 
 
 def test_two_classifiers_are_ambiguous() -> None:
     model = models.resnet18(num_classes=K)
     model.head = nn.Linear(512, 2)
-    with pytest.raises(ValueError, match=r"2 of .* one of \['fc', 'head'\]"):
+    with pytest.raises(ValueError, match=r"2 of its modules .* one of \['fc', 'head'\]"):
         insert(model, before="auto")
 
 
@@ -105,7 +105,7 @@ def test_auxiliary_outputs_have_two_equal_halves(name: str) -> None:
     ("point", "doubled"),
     [("inception3a", []), ("inception4a", []), ("inception4b", ["aux1"]), ("inception5a", ["aux1", "aux2"])],
 )
-def test_auxiliary_heads_behind_the_point_see_doubled_rows_already(point: str, doubled: list[str]) -> None:
+def test_auxiliary_heads_after_the_point_see_doubled_rows_already(point: str, doubled: list[str]) -> None:
     model = googlenet()
     width = {"inception3a": 256, "inception4a": 512, "inception4b": 512, "inception5a": 832}[point]
     handle = insert(model, after=point, layout="BCHW", dim=width)

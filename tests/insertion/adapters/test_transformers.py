@@ -1,4 +1,4 @@
-"""What is special about transformers' models. Runs with 4.57 and with 5."""
+"""Models of transformers and their peculiarities. Runs with 4.57 and with 5."""
 
 import inspect
 from typing import Any

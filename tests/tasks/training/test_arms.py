@@ -1,4 +1,4 @@
-"""What each arm of a comparison inserts, and what it leaves as it was."""
+"""Modules that the arms of a comparison insert, and the parts of a model that they leave unchanged."""
 
 import pytest
 import torch

@@ -38,7 +38,7 @@ def find_classifier(model: nn.Module) -> InsertionPlan:
     heads = [getattr(model, name) for name in _HEADS if isinstance(getattr(model, name, None), nn.Module)]
     heads = [head for head in heads if any(True for _ in head.parameters())]
     if len(heads) != 1:
-        raise no_classifier(model, f"{len(heads)} of {_HEADS} are there with parameters")
+        raise no_classifier(model, f"{len(heads)} of its modules {_HEADS} have parameters")
     convolutions = [module for module in heads[0].modules() if isinstance(module, nn.Conv2d)]
     name = name_of(model, convolutions[-1]) if convolutions else last_linear(model, heads[0])
     points = (InsertionPoint(name, "before"),)
