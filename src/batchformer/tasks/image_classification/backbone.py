@@ -1,6 +1,6 @@
-"""Backbones by name, images to pooled features, built from the blocks of torchvision and timm.
+"""Backbones by name, from images to pooled features, built from the blocks of torchvision and timm.
 
-Every backbone maps images ``(N, in_channels, H, W)`` to features ``(N, C)`` and says ``C`` in ``num_features``. The
+Every backbone maps images ``(N, in_channels, H, W)`` to features ``(N, C)``; its attribute ``num_features`` is C. The
 ResNets can be split by `stages` into the part that RIDE's experts share and the part that each has for itself.
 """
 
@@ -24,7 +24,7 @@ class ZeroPadShortcut(nn.Module):
         self.channels, self.stride = channels, stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, c, H, W)`` to ``(N, channels, H / stride, W / stride)``."""
+        """Map ``(N, c, H, W)`` to ``(N, channels, H / stride, W / stride)``."""
         missing = self.channels - x.shape[1]
         x = x[:, :, :: self.stride, :: self.stride]
         return F.pad(x, (0, 0, 0, 0, missing // 2, missing - missing // 2))
@@ -36,10 +36,10 @@ class ResNet(nn.Module):
     Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
 
     Args:
-        depths: Blocks per stage; every stage but the first halves the resolution.
-        widths: Channels per stage.
+        depths: Blocks of each stage; every stage but the first halves the resolution.
+        widths: Channels of each stage.
         in_channels: 3 for colour, 1 for grey.
-        stem_stride: 2 halves the resolution in the stem already.
+        stem_stride: Stride of the stem; 2 halves the resolution there already.
         shared: Number of stages that RIDE's experts share.
 
     Raises:
@@ -78,7 +78,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, C)``."""
+        """Map images ``(N, in_channels, H, W)`` to features ``(N, C)``."""
         for module in self.children():
             x = module(x)
         return x
@@ -109,7 +109,7 @@ def _timm_resnet(name: str, in_channels: int, reduced: bool, **kwargs: Any) -> n
 
 
 def _narrow(reduced: bool) -> dict[str, Any]:
-    """RIDE's reduced width: the last two stages with three quarters of their channels."""
+    """Return RIDE's reduced width: three quarters of the channels in the last two stages."""
     return {"channels": (64, 128, 192, 384)} if reduced else {}
 
 
@@ -129,21 +129,22 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "resnext50": partial(_timm_resnet, "resnext50_32x4d"),
     "resnet152": partial(_timm_resnet, "resnet152"),
 }
-"""Names with published long-tail settings; every other name is timm's."""
+"""Backbones with published long-tail settings, by name; every other name is timm's."""
 
 
 def create_backbone(
     name: str, *, in_channels: int = 3, pretrained: bool = False, reduced: bool = False, **kwargs: Any
 ) -> nn.Module:
-    """A backbone that maps images to pooled features ``(N, num_features)``.
+    """Create a backbone that maps images to pooled features ``(N, num_features)``.
 
     Args:
-        name: `resnet32` (CIFAR, 64 features), `small_resnet` (28x28 images, 64 features), `resnet10` (512), `resnet50`,
-            `resnext50` (32x4d), `resnet152` (2048 each), or any name that `timm.create_model` takes.
+        name: Name of the backbone: `resnet32` (CIFAR, 64 features), `small_resnet` (28x28 images, 64 features),
+            `resnet10` (512), `resnet50`, `resnext50` (32x4d), `resnet152` (2048 each), or any name that
+            `timm.create_model` takes.
         in_channels: 3 for colour, 1 for grey.
-        pretrained: Load timm's weights; they are downloaded at first use.
-        reduced: RIDE's reduced width of the experts' stages: 48 features for `resnet32` and `small_resnet`, 384 for
-            `resnet10`, 1536 for `resnet50`, `resnext50` and `resnet152`.
+        pretrained: Whether timm's weights are loaded; they are downloaded at first use.
+        reduced: Whether the experts' stages have RIDE's reduced width: 48 features for `resnet32` and `small_resnet`,
+            384 for `resnet10`, 1536 for `resnet50`, `resnext50` and `resnet152`.
         **kwargs: Passed to timm.
 
     Returns:
@@ -199,14 +200,15 @@ def _from_timm(name: str, in_channels: int, pretrained: bool = False, **kwargs: 
 
 
 def stages(backbone: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Split a backbone into what RIDE's experts share and what each has for itself, both as sequences.
+    """Split a backbone into the part that RIDE's experts share and the part that each has for itself.
 
     Args:
-        backbone: One of ours, or a timm ResNet: shared up to `layer1` (`resnet32`, `small_resnet`) or `layer2`.
+        backbone: Backbone of this module, or a ResNet of timm: shared up to `layer1` (`resnet32`, `small_resnet`) or
+            `layer2`.
 
     Returns:
-        The shared part, images to maps, and the expert's part, maps to pooled features. They hold the backbone's own
-        modules, not copies.
+        The shared part, from images to maps, and the expert's part, from maps to pooled features, as sequences. They
+        hold the backbone's own modules, not copies.
 
     Raises:
         ValueError: If this kind of backbone has no such split.
@@ -233,5 +235,5 @@ def stages(backbone: nn.Module) -> tuple[nn.Module, nn.Module]:
     shared = nn.Sequential(OrderedDict((name, parts[name]) for name in names[:cut]))
     own = nn.Sequential(OrderedDict((name, parts[name]) for name in names[cut:]))
     if drop_rate := float(getattr(backbone, "drop_rate", 0.0)):
-        own.append(nn.Dropout(drop_rate))  # timm drops in forward(), behind the pooling
+        own.append(nn.Dropout(drop_rate))  # timm drops in forward(), after the pooling
     return shared, own

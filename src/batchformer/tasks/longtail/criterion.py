@@ -1,4 +1,4 @@
-"""One callable per loss: what a training step calls with outputs, targets and the epoch, whatever the loss needs."""
+"""Losses by name, each as a callable that a training step gives outputs, targets and the epoch."""
 
 import inspect
 from collections.abc import Callable
@@ -16,12 +16,12 @@ __all__ = ["LOSSES", "Criterion", "build_loss", "loss_of_streams"]
 
 
 class Criterion(nn.Module):
-    """Base of the losses: holds the training counts, and reweights classes from ``reweight_epoch`` on.
+    """Base of the losses: it holds the training counts, and reweights classes from ``reweight_epoch`` on.
 
     Args:
         counts: Training images per class ``(K,)``.
         reweight_epoch: First epoch (from 0) with class weights; ``None`` never reweights, 0 always.
-        beta: Of the effective number, see `class_balanced_weights`.
+        beta: Parameter of the effective number in [0, 1), see `class_balanced_weights`.
 
     Raises:
         ValueError: If the counts are not K numbers >= 0, at least one of them positive.
@@ -41,26 +41,26 @@ class Criterion(nn.Module):
         self.register_buffer("weights", loss.class_balanced_weights(counts, beta), persistent=False)
 
     def reweights(self, epoch: int) -> bool:
-        """Whether class weights are on in this epoch (from 0)."""
+        """Return True when class weights are on in this epoch (from 0)."""
         return self.reweight_epoch is not None and epoch >= self.reweight_epoch
 
     def weight(self, epoch: int) -> Tensor | None:
-        """Class weights ``(K,)`` of this epoch, or ``None``."""
+        """Return the class weights ``(K,)`` of this epoch, or ``None``."""
         return self.weights if self.reweights(epoch) else None
 
     def of_logits(self, logits: Tensor, target: Tensor, epoch: int) -> Tensor:
-        """The loss of one classifier's logits ``(N, K)``."""
+        """Compute the loss of one classifier's logits ``(N, K)``."""
         raise NotImplementedError
 
     def forward(self, outputs: Tensor, targets: Tensor, epoch: int = 0) -> Tensor:
-        """The loss of one stream, a scalar; logits ``(N, E, K)`` of E experts give the sum of the experts' losses."""
+        """Compute the loss of one stream, a scalar; logits ``(N, E, K)`` of E experts give the sum of their losses."""
         if outputs.ndim == 3:
             return torch.stack([self.of_logits(logits, targets, epoch) for logits in outputs.unbind(1)]).sum()
         return self.of_logits(outputs, targets, epoch)
 
 
 class CrossEntropy(Criterion):
-    """Cross-entropy; with ``reweight_epoch`` class-balanced, from that epoch on."""
+    """Cross-entropy, class-balanced from ``reweight_epoch`` on."""
 
     def __init__(
         self, counts: Tensor, label_smoothing: float = 0.0, reweight_epoch: int | None = None, beta: float = 0.9999
@@ -69,12 +69,12 @@ class CrossEntropy(Criterion):
         self.label_smoothing = label_smoothing
 
     def of_logits(self, logits: Tensor, target: Tensor, epoch: int) -> Tensor:
-        """See `loss.cross_entropy`."""
+        """Compute `loss.cross_entropy`."""
         return loss.cross_entropy(logits, target, weight=self.weight(epoch), label_smoothing=self.label_smoothing)
 
 
 class ClassBalanced(CrossEntropy):
-    """Cross-entropy reweighted by the effective number of images, from the first epoch unless said otherwise."""
+    """Cross-entropy reweighted by the effective number of images, by default from the first epoch on."""
 
     def __init__(
         self, counts: Tensor, beta: float = 0.9999, reweight_epoch: int = 0, label_smoothing: float = 0.0
@@ -92,7 +92,7 @@ class LogitAdjusted(Criterion):
         self.tau = tau
 
     def of_logits(self, logits: Tensor, target: Tensor, epoch: int) -> Tensor:
-        """See `loss.logit_adjusted`."""
+        """Compute `loss.logit_adjusted`."""
         return loss.logit_adjusted(logits, target, self.counts, tau=self.tau, weight=self.weight(epoch))
 
 
@@ -118,7 +118,7 @@ class LDAM(Criterion):
         self.max_margin, self.scale = max_margin, scale
 
     def of_logits(self, logits: Tensor, target: Tensor, epoch: int) -> Tensor:
-        """See `loss.ldam`."""
+        """Compute `loss.ldam`."""
         return loss.ldam(
             logits, target, self.counts, max_margin=self.max_margin, scale=self.scale, weight=self.weight(epoch)
         )
@@ -148,7 +148,7 @@ class RIDELoss(Criterion):
         self.register_buffer("temperatures", temperatures, persistent=False)
 
     def forward(self, outputs: Tensor, targets: Tensor, epoch: int = 0, teacher_logits: Tensor | None = None) -> Tensor:
-        """The loss of one stream; ``teacher_logits``, ``(N, K)`` or ``(N, E', K)``, add the distillation term."""
+        """Compute the loss of one stream; ``teacher_logits``, ``(N, K)`` or ``(N, E', K)``, add distillation."""
         total = loss_ride.ride(
             outputs,
             targets,
@@ -180,7 +180,7 @@ class PaCoLoss(Criterion):
         self.settings = {"alpha": alpha, "beta": beta, "gamma": gamma, "temperature": temperature}
 
     def forward(self, outputs: PaCoOutput, targets: Tensor, epoch: int = 0) -> Tensor:  # type: ignore[override]
-        """The loss of one stream, or of both at once if ``outputs`` holds both and ``targets`` is doubled."""
+        """Compute the loss of one stream, or of both if ``outputs`` holds both and ``targets`` is doubled."""
         return loss_paco.paco(
             outputs.logits, outputs.queries, targets, outputs.keys, outputs.key_targets, self.counts, **self.settings
         )
@@ -198,10 +198,10 @@ LOSSES: dict[str, Callable[..., Criterion]] = {
 
 
 def build_loss(name: str, counts: Tensor, **settings: Any) -> Criterion:
-    """A loss by name, ready for ``criterion(outputs, targets, epoch)``, one stream at a time.
+    """Build a loss by name, ready for ``criterion(outputs, targets, epoch)``, one stream at a time.
 
     Args:
-        name: One of `LOSSES`.
+        name: Name of the loss, one of `LOSSES`.
         counts: Training images per class ``(K,)``.
         **settings: Keyword arguments of the class in `LOSSES`.
 

@@ -1,4 +1,4 @@
-"""The second stage of decoupled training: a new classifier on frozen features, or the old one rescaled.
+"""Second stages of decoupled training: a new classifier on frozen features, or the old one rescaled.
 
 Source: Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, section 4.
 Take BatchFormer out first (``batchformer.remove(network)``); left in, it is inactive on frozen features.
@@ -21,7 +21,7 @@ class WeightScale(nn.Module):
     """A frozen classifier whose weight vectors are multiplied by one learned number per class (LWS).
 
     Args:
-        classifier: A trained linear or cosine classifier.
+        classifier: Trained linear or cosine classifier.
 
     Example:
         >>> scaled = WeightScale(nn.Linear(8, 3))
@@ -37,17 +37,17 @@ class WeightScale(nn.Module):
         self.scale = nn.Parameter(weight.new_ones(weight.shape[0]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features ``(N, C)`` to logits ``(N, K)``; a bias is not scaled."""
+        """Map features ``(N, C)`` to logits ``(N, K)``; a bias is not scaled."""
         logits: Tensor = self.classifier(x)
         bias = getattr(self.classifier, "bias", None)
         return self.scale * logits if bias is None else self.scale * (logits - bias) + bias
 
 
 def retrain_classifier(network: NetworkT) -> NetworkT:
-    """cRT: freeze everything and start the classifiers anew; train them with a class-balanced sampler.
+    """Freeze everything and start the classifiers anew (cRT); train them with a class-balanced sampler.
 
     Args:
-        network: A trained network; changed in place.
+        network: Trained network, changed in place.
 
     Returns:
         The same network; only its classifiers have gradients, the rest stays in eval mode.
@@ -68,10 +68,10 @@ def retrain_classifier(network: NetworkT) -> NetworkT:
 
 
 def learn_weight_scale(network: NetworkT) -> NetworkT:
-    """LWS: freeze everything and learn one factor per class; train with a class-balanced sampler.
+    """Freeze everything and learn one factor for each class (LWS); train with a class-balanced sampler.
 
     Args:
-        network: A trained network; changed in place.
+        network: Trained network, changed in place.
 
     Returns:
         The same network; only the factors have gradients, the rest stays in eval mode.
@@ -94,17 +94,17 @@ def learn_weight_scale(network: NetworkT) -> NetworkT:
 
 
 def tau_normalize(network: NetworkT, tau: float = 1.0) -> NetworkT:
-    """Tau-normalisation: every weight vector divided by its length to the power ``tau``, the bias dropped.
+    """Divide every weight vector by its length to the power ``tau`` and drop the bias (tau-normalisation).
 
     Nothing is trained; ``tau`` is chosen on a validation split. A cosine classifier has unit vectors already, so it is
     left as it is.
 
     Args:
-        network: A trained network.
-        tau: 0 keeps the lengths, 1 makes them equal.
+        network: Trained network.
+        tau: Exponent: 0 keeps the lengths, 1 makes them equal.
 
     Returns:
-        A changed copy, so that several ``tau`` can be tried.
+        Changed copy, so that several ``tau`` can be tried.
 
     Raises:
         ValueError: If a classifier is neither linear nor cosine.

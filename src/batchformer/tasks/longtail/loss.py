@@ -26,14 +26,14 @@ __all__ = [
 def cross_entropy(
     logits: Tensor, target: Tensor, *, weight: Tensor | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Cross-entropy, for class indices or soft targets, with optional class weights.
+    """Compute cross-entropy, for class indices or soft targets, with optional class weights.
 
     With weights the mean is a weighted one: the sum of the weighted losses over the sum of the weights of the targets.
     For class indices this is torch's definition; soft targets follow the same rule (torch divides them by N instead),
     so that a one-hot matrix and its indices give the same number.
 
     Args:
-        logits: ``(N, K)``.
+        logits: Logits ``(N, K)``.
         target: Class indices ``(N,)`` or probabilities ``(N, K)``.
         weight: Class weights ``(K,)``, for example from `class_balanced_weights`.
         label_smoothing: Share of the target spread evenly over the classes, 0 to 1.
@@ -58,15 +58,15 @@ def cross_entropy(
 
 
 def balanced_softmax(logits: Tensor, target: Tensor, counts: Tensor, *, weight: Tensor | None = None) -> Tensor:
-    """Balanced Softmax: cross-entropy of ``logits + log(counts)``.
+    """Compute Balanced Softmax: cross-entropy of ``logits + log(counts)``.
 
     Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020, eq. 3.
 
     Args:
-        logits: ``(N, K)``.
+        logits: Logits ``(N, K)``.
         target: Class indices ``(N,)`` or probabilities ``(N, K)``.
-        counts: Training images per class ``(K,)``.
-        weight: Optional class weights ``(K,)``.
+        counts: Training images of each class ``(K,)``.
+        weight: Class weights ``(K,)``; ``None`` for none.
 
     Returns:
         The loss, a scalar.
@@ -84,16 +84,16 @@ def balanced_softmax(logits: Tensor, target: Tensor, counts: Tensor, *, weight: 
 def logit_adjusted(
     logits: Tensor, target: Tensor, counts: Tensor, *, tau: float = 1.0, weight: Tensor | None = None
 ) -> Tensor:
-    """Cross-entropy of ``logits + tau * log(prior)``, the logit-adjusted loss; Balanced Softmax is ``tau=1``.
+    """Compute cross-entropy of ``logits + tau * log(prior)``, the logit-adjusted loss (``tau=1``: Balanced Softmax).
 
     Source: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, eq. 10.
 
     Args:
-        logits: ``(N, K)``.
+        logits: Logits ``(N, K)``.
         target: Class indices ``(N,)`` or probabilities ``(N, K)``.
-        counts: Training images per class ``(K,)``.
+        counts: Training images of each class ``(K,)``.
         tau: Strength of the adjustment; 0 is plain cross-entropy.
-        weight: Optional class weights ``(K,)``.
+        weight: Class weights ``(K,)``; ``None`` for none.
 
     Returns:
         The loss, a scalar.
@@ -110,13 +110,13 @@ def logit_adjusted(
 
 
 def class_balanced_weights(counts: Tensor, beta: float = 0.9999) -> Tensor:
-    """Class weights by effective number, ``(1 - beta) / (1 - beta ** n)``, scaled to sum to K.
+    """Compute class weights by effective number, ``(1 - beta) / (1 - beta ** n)``, scaled to sum to K.
 
     Source: Cui et al., "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, eq. 2 and section 4.
 
     Args:
-        counts: Training images per class ``(K,)``.
-        beta: 0 weighs all classes alike, towards 1 the weights approach the inverse counts. ``0 <= beta < 1``.
+        counts: Training images of each class ``(K,)``.
+        beta: Parameter in [0, 1): 0 weighs all classes alike, towards 1 the weights approach the inverse counts.
 
     Returns:
         Weights ``(K,)``, fp32.
@@ -138,12 +138,12 @@ def class_balanced_weights(counts: Tensor, beta: float = 0.9999) -> Tensor:
 
 
 def ldam_margins(counts: Tensor, max_margin: float = 0.5) -> Tensor:
-    """Margins of LDAM, proportional to ``counts ** -1/4``, the largest equal to ``max_margin``.
+    """Compute the margins of LDAM, proportional to ``counts ** -1/4``, the largest equal to ``max_margin``.
 
     Source: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019, eq. 11.
 
     Args:
-        counts: Training images per class ``(K,)``.
+        counts: Training images of each class ``(K,)``.
         max_margin: Margin of the rarest class, in units of the unscaled (cosine) logit.
 
     Returns:
@@ -169,7 +169,7 @@ def ldam(
     scale: float = 30.0,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """LDAM: cross-entropy after ``scale * margin`` is taken off the logit of the target class.
+    """Compute LDAM: cross-entropy after ``scale * margin`` is taken off the logit of the target class.
 
     The logits are expected to be scaled already (`CosineClassifier` multiplies by 30); ``scale`` brings the margins to
     the same units. Deferred reweighting (DRW) passes ``weight=class_balanced_weights(counts)`` from some epoch on;
@@ -178,12 +178,12 @@ def ldam(
     Source: Cao et al., NeurIPS 2019, eq. 12 and algorithm 1.
 
     Args:
-        logits: ``(N, K)``, cosine logits times ``scale``.
+        logits: Cosine logits times ``scale``, ``(N, K)``.
         target: Class indices ``(N,)`` or probabilities ``(N, K)``.
-        counts: Training images per class ``(K,)``.
+        counts: Training images of each class ``(K,)``.
         max_margin: Margin of the rarest class.
-        scale: The factor that the logits carry.
-        weight: Optional class weights ``(K,)``.
+        scale: Factor that the logits carry.
+        weight: Class weights ``(K,)``; ``None`` for none.
 
     Returns:
         The loss, a scalar.
@@ -202,25 +202,25 @@ def ldam(
 
 
 def log_prior(counts: Tensor, logits: Tensor) -> Tensor:
-    """Logarithm of each class's share of the training images, in the dtype and on the device of ``logits``."""
+    """Compute the logarithm of each class's share of the training images, in the dtype and device of ``logits``."""
     images = at_least_one(check_counts(counts, logits)).to(logits.dtype)
     return (images / images.sum()).log()
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """Half precision raised to fp32; fp32 and fp64 as they are."""
+    """Raise half precision to fp32; return fp32 and fp64 as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def at_least_one(counts: Tensor) -> Tensor:
-    """Counts with a class without images counted as one, which keeps logarithms and inverses finite."""
+    """Count a class without images as one image, which keeps logarithms and inverses finite."""
     if counts.ndim != 1:
         raise ValueError(f"Expected counts of shape (K,), one number of images per class, got {tuple(counts.shape)}.")
     return counts.clamp_min(1)
 
 
 def check_counts(counts: Tensor, logits: Tensor, name: str = "counts") -> Tensor:
-    """One number per class, on the device of ``logits``, or an error that names both shapes."""
+    """Return one number for each class on the device of ``logits``, or raise an error that names both shapes."""
     if counts.shape != logits.shape[-1:]:
         raise ValueError(
             f"Expected {name} of shape ({logits.shape[-1]},) for logits {tuple(logits.shape)}, got "
@@ -230,7 +230,7 @@ def check_counts(counts: Tensor, logits: Tensor, name: str = "counts") -> Tensor
 
 
 def check_rows(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits in fp32 or better and the target beside them, or an error that names both shapes."""
+    """Return logits in fp32 or better and the target with them, or raise an error that names both shapes."""
     if logits.ndim != 2:
         raise ValueError(
             f"Expected logits of shape (N, K), got {tuple(logits.shape)}. Logits of several experts go to ride(), or "

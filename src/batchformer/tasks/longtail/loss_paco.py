@@ -1,4 +1,4 @@
-"""The parametric contrastive loss of PaCo.
+"""Parametric contrastive loss of PaCo.
 
 Axis letters: A anchors (query rows), K classes, M contrast keys, D embedding width. Dtypes and counts as in loss.py.
 """
@@ -27,7 +27,7 @@ def paco(
     gamma: float = 1.0,
     temperature: float = 0.2,
 ) -> Tensor:
-    """Parametric contrastive loss (PaCo).
+    """Compute the parametric contrastive loss (PaCo).
 
     Each anchor is compared with the K class centers (its logits plus the log prior), the other queries and the keys.
     The loss is the mean of ``-log softmax`` over the positives, the own center weighted ``beta`` and every query or key
@@ -39,16 +39,16 @@ def paco(
     Source: Cui et al., "Parametric Contrastive Learning", ICCV 2021, eq. 4 to 6.
 
     Args:
-        logits: ``(A, K)``, of the linear classifier (the learnable centers).
-        queries: ``(A, D)``, unit length.
+        logits: Logits ``(A, K)`` of the linear classifier (the learnable centers).
+        queries: Embeddings of unit length ``(A, D)``.
         target: Class indices ``(A,)``.
-        keys: ``(M, D)``, unit length: the keys of this batch and those of the queue; no gradient.
-        key_target: Class indices ``(M,)``; -1 marks an empty slot of the queue, which is left out.
-        counts: Training images per class ``(K,)``.
+        keys: Embeddings of unit length ``(M, D)``: the keys of this batch and those of the queue; no gradient.
+        key_target: Class indices of the keys ``(M,)``; -1 marks an empty slot of the queue, which is left out.
+        counts: Training images of each class ``(K,)``.
         alpha: Weight of positive queries and keys.
         beta: Weight of the positive center.
         gamma: Weight of queries and keys in the denominator.
-        temperature: Divides the cosine similarities (not the logits).
+        temperature: Divisor of the cosine similarities (not of the logits).
 
     Returns:
         The loss, a scalar.
@@ -92,6 +92,6 @@ def paco(
 
 
 def _diagonal(matrix: Tensor) -> Tensor:
-    """Boolean ``(A, M)`` with the main diagonal true: each anchor against itself."""
+    """Return a boolean ``(A, M)`` whose main diagonal is true: each anchor against itself."""
     rows, columns = (torch.arange(size, device=matrix.device) for size in matrix.shape)
     return rows[:, None] == columns[None, :]

@@ -1,4 +1,4 @@
-"""Losses of RIDE: the experts' loss, distillation from a larger ensemble, and the routers' loss.
+"""Losses of RIDE: of the experts, of distillation from a larger ensemble, and of the routers.
 
 Axis letters: N samples (rows), E experts, K classes. Dtypes, soft targets and counts of zero as in loss.py.
 """
@@ -13,14 +13,14 @@ __all__ = ["distillation", "diversity_temperature", "ride", "routing"]
 
 
 def diversity_temperature(counts: Tensor, factor: float = 0.05) -> Tensor:
-    """Per-class temperatures of RIDE's diversity term: ``(K * n / sum(n) * factor + 1 - factor)``, over its maximum.
+    """Compute the temperatures of RIDE's diversity term, ``K * n / sum(n) * factor + 1 - factor`` over its maximum.
 
     Source: Wang et al., "Long-tailed Recognition by Routing Diverse Distribution-Aware Experts", ICLR 2021, section 3
     (the normalisation by the maximum is the published code's).
 
     Args:
-        counts: Training images per class ``(K,)``.
-        factor: 0 gives temperature 1 for all; ``0 <= factor < 1``. Published: .02 ImageNet-LT, .015 iNaturalist 2018,
+        counts: Training images of each class ``(K,)``.
+        factor: Number in [0, 1); 0 gives temperature 1 for all. Published: .02 ImageNet-LT, .015 iNaturalist 2018,
             .05 CIFAR-100-LT.
 
     Returns:
@@ -51,7 +51,7 @@ def ride(
     max_margin: float = 0.5,
     scale: float = 30.0,
 ) -> Tensor:
-    """RIDE's loss: per expert LDAM plus a diversity term, summed over the experts.
+    """Compute RIDE's loss: LDAM and a diversity term for each expert, summed over the experts.
 
     ``sum_e [ ldam(z_e, y) + diversity * T**2 * KL(softmax(mean / T) || softmax(z_e / T)) ]``, with the mean over the
     experts not carrying gradient and ``T**2`` the square of the mean temperature. ``diversity < 0`` drives the
@@ -60,14 +60,14 @@ def ride(
     Source: Wang et al., ICLR 2021, eq. 3 and 4, with the KL against the mean as in the published code.
 
     Args:
-        logits: ``(N, E, K)``, cosine logits times ``scale``.
+        logits: Cosine logits times ``scale``, ``(N, E, K)``.
         target: Class indices ``(N,)`` or probabilities ``(N, K)``.
-        counts: Training images per class ``(K,)``.
+        counts: Training images of each class ``(K,)``.
         diversity: Weight of the diversity term; -0.2 for ImageNet-LT and iNaturalist, -0.45 for CIFAR-100-LT.
-        temperature: A number or, per class, ``(K,)`` from `diversity_temperature`.
-        weight: Optional class weights ``(K,)`` from `class_balanced_weights`.
-        max_margin: LDAM's largest margin.
-        scale: The factor that the logits carry.
+        temperature: One number, or one for each class ``(K,)`` from `diversity_temperature`.
+        weight: Class weights ``(K,)`` from `class_balanced_weights`; ``None`` for none.
+        max_margin: Largest margin of LDAM.
+        scale: Factor that the logits carry.
 
     Returns:
         The loss, a scalar.
@@ -98,14 +98,14 @@ def ride(
 
 
 def distillation(student: Tensor, teacher: Tensor, *, temperature: float = 1.5) -> Tensor:
-    """RIDE's self-distillation: ``T**2 * KL(softmax(teacher / T) || softmax(student / T))`` on the experts' means.
+    """Compute RIDE's self-distillation, ``T**2 * KL(softmax(teacher / T) || softmax(student / T))`` of the means.
 
     Source: Wang et al., ICLR 2021, section 3 (a model with more experts teaches one with fewer); Hinton et al. 2015.
 
     Args:
-        student: ``(N, K)`` or ``(N, E, K)``; experts are averaged.
-        teacher: ``(N, K)`` or ``(N, E', K)``; experts are averaged, no gradient flows.
-        temperature: Published 1.5.
+        student: Logits ``(N, K)`` or ``(N, E, K)``; experts are averaged.
+        teacher: Logits ``(N, K)`` or ``(N, E', K)``; experts are averaged, no gradient flows.
+        temperature: T, published 1.5.
 
     Returns:
         The loss, a scalar.
@@ -129,7 +129,7 @@ def distillation(student: Tensor, teacher: Tensor, *, temperature: float = 1.5) 
 
 
 def routing(help_logits: Tensor, logits: Tensor, target: Tensor, *, pos_weight: float = 100.0) -> Tensor:
-    """Loss of RIDE's expert assignment: a router asks for the next expert where it would help.
+    """Compute the loss of RIDE's expert assignment: a router asks for the next expert where it would help.
 
     Router ``i`` has the label 1 where the mean of the first ``i + 1`` experts is wrong and the mean of some longer row
     of experts is right. Binary cross-entropy, averaged over samples and routers.
@@ -137,8 +137,8 @@ def routing(help_logits: Tensor, logits: Tensor, target: Tensor, *, pos_weight: 
     Source: Wang et al., ICLR 2021, eq. 5 and 6.
 
     Args:
-        help_logits: ``(N, E - 1)``, from `RoutedExperts` in training.
-        logits: ``(N, E, K)`` of the (frozen) experts.
+        help_logits: Logits of asking the next expert ``(N, E - 1)``, from `RoutedExperts` in training.
+        logits: Logits ``(N, E, K)`` of the (frozen) experts.
         target: Class indices ``(N,)``.
         pos_weight: Weight of the label 1; published 100.
 
@@ -165,7 +165,7 @@ def routing(help_logits: Tensor, logits: Tensor, target: Tensor, *, pos_weight: 
 
 
 def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q), summed over classes, averaged over samples."""
+    """Compute KL(p || q), summed over classes, averaged over samples."""
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 

@@ -26,13 +26,13 @@ class RIDE(ImageClassifier):
     Source: Wang et al., "Long-tailed Recognition by Routing Diverse Distribution-Aware Experts", ICLR 2021.
 
     Args:
-        name: A backbone that `stages` can split: `resnet32`, `small_resnet`, `resnet10`, `resnet50`, `resnext50`, ...
+        name: Name of a backbone that `stages` can split, such as `resnet32`, `small_resnet`, `resnet10` or `resnet50`.
         num_classes: K.
         experts: E, at least 1.
         in_channels: 3 for colour, 1 for grey.
-        reduced: Three quarters of the width in the experts' stages.
-        cosine: Cosine classifiers with scale 30, as published; else linear ones.
-        pretrained: Start the shared stages and all experts from timm's weights (full width only).
+        reduced: Whether the experts' stages have three quarters of their width.
+        cosine: Whether the classifiers are cosine classifiers with scale 30, as published, instead of linear ones.
+        pretrained: Whether the shared stages and all experts start from timm's weights (full width only).
         **settings: Passed to timm.
 
     Raises:
@@ -79,7 +79,7 @@ class RIDE(ImageClassifier):
         return 4 if self.num_features > 128 else 1
 
     def get_classifier(self) -> tuple[nn.Module, ...]:
-        """The classifiers, one per expert."""
+        """Return the classifiers, one for each expert."""
         return tuple(self.heads)
 
     def replace_classifiers(self, new: Callable[[nn.Module], nn.Module]) -> None:
@@ -87,27 +87,37 @@ class RIDE(ImageClassifier):
         self.heads = nn.ModuleList(new(head) for head in self.heads)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images to logits ``(N, E, K)``, ``(2N, E, K)`` in training with BatchFormer; predict with their mean."""
+        """Map images to logits ``(N, E, K)``, ``(2N, E, K)`` in training with BatchFormer; predict with their mean."""
         maps = self.shared(x)
         return torch.stack([head(own(maps)) for own, head in zip(self.experts, self.heads, strict=True)], dim=1)
 
 
 class RoutingOutput(NamedTuple):
-    """What `RoutedExperts` returns in training: ``help_logits`` ``(N, E - 1)`` and ``logits`` ``(N, E, K)``."""
+    """Output of `RoutedExperts` in training.
+
+    Attributes:
+        help_logits: Logits of asking the next expert, ``(N, E - 1)``.
+        logits: Logits of all experts, ``(N, E, K)``.
+    """
 
     help_logits: Tensor
     logits: Tensor
 
 
 class RoutedOutput(NamedTuple):
-    """What `RoutedExperts` returns in eval mode: ``logits`` ``(N, K)`` and ``experts_used``, the mean over samples."""
+    """Output of `RoutedExperts` in eval mode.
+
+    Attributes:
+        logits: Mean logits of the experts that were asked, ``(N, K)``.
+        experts_used: Number of experts that were asked, the mean over the samples, a scalar.
+    """
 
     logits: Tensor
     experts_used: Tensor
 
 
 class RoutedExperts(nn.Module):
-    """Expert assignment: after each expert a router decides, sample by sample, whether the next one is asked.
+    """Expert assignment: after each expert a router decides for each sample whether the next one is asked.
 
     Only the routers train, with `loss_ride.routing`; the network is frozen and stays in eval mode, so an inserted
     BatchFormer is not active (in the published code it was).
@@ -116,9 +126,9 @@ class RoutedExperts(nn.Module):
     and the largest logits of the running mean; all routers share the last layer, as in the published code.
 
     Args:
-        network: A trained `RIDE` of at least two experts.
-        hidden: Hidden units of a router.
-        top: Number of the largest logits that a router sees, at most K.
+        network: Trained `RIDE` network of at least two experts.
+        hidden: Number of hidden units of a router.
+        top: Number of the largest logits that a router sees; all K where there are fewer.
 
     Raises:
         ValueError: If the network has a single expert.
@@ -147,25 +157,25 @@ class RoutedExperts(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """As in torch, except that the network stays in eval mode."""
+        """Set the mode as in torch, except that the network stays in eval mode."""
         super().train(mode)
         self.network.eval()
         return self
 
     def forward(self, x: Tensor) -> RoutingOutput | RoutedOutput:
-        """Images to `RoutingOutput` in training, all experts run; to `RoutedOutput` in eval mode."""
+        """Map images to `RoutingOutput` in training, where all experts run; to `RoutedOutput` in eval mode."""
         with torch.no_grad():
             maps = self.network.shared(x)
         return self._all(maps) if self.training else self._routed(maps)
 
     def _expert(self, index: int, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """Feature ``(N, C)`` and logits ``(N, K)`` of one expert."""
+        """Return feature ``(N, C)`` and logits ``(N, K)`` of one expert."""
         with torch.no_grad():
             feature = self.network.experts[index](maps)
             return feature, self.network.heads[index](feature)
 
     def _help(self, index: int, feature: Tensor, mean_logits: Tensor) -> Tensor:
-        """Logit ``(N,)`` of asking expert ``index + 1``."""
+        """Return the logit ``(N,)`` of asking expert ``index + 1``."""
         hidden = F.relu(self.hidden[index](F.normalize(feature, dim=1)))
         largest = mean_logits.topk(self.top, dim=1).values.to(hidden.dtype)
         answer: Tensor = self.ask(torch.cat([largest, hidden], dim=1))
