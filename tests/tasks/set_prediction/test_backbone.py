@@ -12,7 +12,6 @@ from torch import nn
 from batchformer.tasks.set_prediction.backbone import (
     Backbone,
     BackboneSettings,
-    _load,
     create_backbone,
     replace_backbone,
     stand_in,
@@ -150,22 +149,13 @@ def test_it_takes_the_place_of_any_detectors_backbone(kind: str) -> None:
         replace_backbone(nn.Linear(1, 1), made)
 
 
-def test_weights_of_a_file_and_under_other_names(tmp_path: Path) -> None:
+def test_weights_of_a_file(tmp_path: Path) -> None:
     first = backbone("efficientnet_lite0", strides=[16])
     file = tmp_path / "weights.pth"
     torch.save(first.body.state_dict(), file)
     second = backbone("efficientnet_lite0", strides=[16], pretrained=True, weights=str(file))
     pixels = torch.randn(1, 3, 64, 64)
     assert torch.equal(first.maps(pixels)[0], second.maps(pixels)[0])
-    renamed = {f"_{key.replace('blocks', 'layers')}": value + 1 for key, value in first.body.state_dict().items()}
-    _load(second.body, {**renamed, "_fc.weight": torch.zeros(3)}, "it")
-    assert all(value.equal(other + 1) for value, other in zip(
-        second.body.state_dict().values(), first.body.state_dict().values(), strict=True
-    ))  # fmt: skip
-    with pytest.raises(ValueError, match="Expected the weights of it, got a file with others, such as"):
-        _load(second.body, dict(reversed(renamed.items())), "it")
-    with pytest.raises(FileNotFoundError, match="a file of weights, got .*none.pth, which is not there"):
-        backbone(pretrained=True, weights=str(tmp_path / "none.pth"))
 
 
 def test_a_backbone_of_transformers(tmp_path: Path) -> None:
@@ -179,11 +169,6 @@ def test_a_backbone_of_transformers(tmp_path: Path) -> None:
     assert names and all("stages.1" in name or "stages.2" in name for name in names)
 
 
-def test_unknown_names_say_what_is_near() -> None:
-    with pytest.raises(ValueError, match="Unknown backbone 'resnet5'. Did you mean .*resnet5"):
-        backbone("resnet5")
-
-
 def test_without_a_network_the_ways_out_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import timm
 
@@ -194,7 +179,7 @@ def test_without_a_network_the_ways_out_are_named(monkeypatch: pytest.MonkeyPatc
         timm, "create_model", lambda *a, pretrained=False, **k: offline() if pretrained else real(*a, **k)
     )
     with pytest.raises(
-        OSError, match=r"'resnet18' could not be had.*no connection.*backbone.weights=PATH.*pretrained=false"
+        OSError, match=r"'resnet18' could not be loaded.*no connection.*backbone.weights=PATH.*pretrained=false"
     ):
         backbone(pretrained=True)
 

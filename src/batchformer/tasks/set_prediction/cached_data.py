@@ -1,4 +1,4 @@
-"""Batches of cached maps in the place of images: what a frozen backbone makes of them, read and not computed.
+"""Batches that hold the cached maps of a frozen backbone instead of pixels.
 
 Axis letters: B images, C channels, h, w cells, S the side of the square that every image is padded to.
 """
@@ -16,15 +16,15 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from batchformer.data.detection_transforms import CocoDetection, eval_transform
 from batchformer.data.samplers import generator
 from batchformer.data.transforms import seeded
+from batchformer.tasks.pretrained.feature_cache import FeatureCache, fill
 
 from .backbone import Backbone
-from .feature_cache import FeatureCache, fill
 
 __all__ = ["CachedDetection", "CachedItem", "cached", "collate_cached", "resized_label"]
 
 
 class CachedItem(NamedTuple):
-    """Which maps: of the image at this place in the split, mirrored or not; and its label in transformers' terms."""
+    """One image of a split: its place there, whether it is mirrored, and its label in transformers' terms."""
 
     place: int
     mirrored: bool
@@ -32,14 +32,14 @@ class CachedItem(NamedTuple):
 
 
 class CachedDetection(Dataset[CachedItem]):
-    """Items ``dataset[epoch, index]`` of a split whose maps are cached; mirrored or not by (seed, epoch, index).
+    """Items ``dataset[epoch, index]`` of a split whose maps are cached.
 
     Args:
-        labels: Of each image, not mirrored.
-        cache: The maps.
-        size: S.
-        mirrored: Whether every other item is a mirror image.
-        seed: Of that choice.
+        labels: Label of each image, not mirrored.
+        cache: Maps of all images.
+        size: Side S of the padded square, in pixels.
+        mirrored: Mirror every other item, chosen by (seed, epoch, index).
+        seed: Seed of that choice.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class CachedDetection(Dataset[CachedItem]):
         return len(self.labels)
 
     def __getitem__(self, key: tuple[int, int]) -> CachedItem:
-        """The item of ``(epoch, index)``."""
+        """Return the item of ``(epoch, index)``."""
         epoch, index = key
         mirrored = self.mirrored and bool(torch.rand((), generator=generator(self.seed, epoch, index)) < 0.5)
         label = self.labels[index]
@@ -63,9 +63,9 @@ class CachedDetection(Dataset[CachedItem]):
 
 
 def collate_cached(dataset: CachedDetection) -> Callable[[Sequence[CachedItem]], dict[str, Any]]:
-    """A function that makes a batch of items: maps read at once, in ``features``.
+    """Return the function that makes a batch of items and reads their maps at once.
 
-    The batch has ``pixel_values`` (B, 3, S, S), zeros without memory of their own, ``pixel_mask`` (B, S, S), ``labels``
+    A batch has ``pixel_values`` (B, 3, S, S), zeros without memory of their own, ``pixel_mask`` (B, S, S), ``labels``
     and ``features``, a list of maps (B, C, h, w).
     """
 
@@ -87,7 +87,7 @@ def collate_cached(dataset: CachedDetection) -> Callable[[Sequence[CachedItem]],
 
 
 def _padded(label: dict[str, Any], side: int) -> dict[str, Any]:
-    """Masks as large as the batch, as `collate` of images gives them."""
+    """Pad masks to the size of the batch, as `collate` of images does."""
     if "masks" not in label:
         return label
     masks = label["masks"]
@@ -107,22 +107,23 @@ def cached(
     device: torch.device | None = None,
     labels: Sequence[dict[str, Any]] | None = None,
 ) -> CachedDetection:
-    """Compute what is missing in the cache of a split, this process's share, and return its items.
+    """Compute the maps of a split that are not cached yet, the share of this process, and return the split's items.
 
     Args:
         dataset: The split, with ``eval_transform(size, size)``.
-        backbone: Frozen; it is left where it was.
-        size: S.
-        mirrored: Whether mirror images are cached too.
-        folder: The caches of all data; this one's folder is named by a hash of what it depends on.
-        seed: Of the choice of mirror images.
-        rank: This process.
+        backbone: Frozen backbone; it is moved for this, and moved back.
+        size: Side S of the padded square, in pixels.
+        mirrored: Cache mirror images too, and give them to every other item.
+        folder: Folder of the caches of all data; inside, each is named by a hash of what its maps depend on.
+        seed: Seed of the choice of mirror images.
+        rank: Number of this process.
         world_size: Number of processes.
-        device: Where to compute.
-        labels: Of each image, not mirrored; by default its boxes.
+        device: Device to compute on; by default the backbone's own.
+        labels: Label of each image, not mirrored; by default its boxes.
     """
-    key = FeatureCache.key(backbone, [record.file for record in dataset.split.images], size)
-    key += "-mirrored" if mirrored else ""
+    facts = {"strides": backbone.strides, "size": size, "files": [record.file for record in dataset.split.images]}
+    facts |= {name: getattr(backbone, name).flatten().tolist() for name in ("scale", "shift")}
+    key = FeatureCache.key(backbone, facts) + ("-mirrored" if mirrored else "")
     where = next(backbone.parameters()).device
     backbone.to(device or where)
     with torch.inference_mode():
@@ -139,7 +140,15 @@ def cached(
 
     missing = len(cache.missing(rank, world_size))
     with tqdm(total=missing, desc=f"features of {dataset.split.name}", disable=None if missing else True) as bar:
-        fill(cache, backbone, load, rank=rank, world_size=world_size, say=lambda done, of: bar.update(done - bar.n))
+        fill(
+            cache,
+            backbone.maps,
+            load,
+            rank=rank,
+            world_size=world_size,
+            device=device or where,
+            say=lambda done, of: bar.update(done - bar.n),
+        )
     backbone.to(where)
     if labels is None:
         labels = [resized_label(dataset, index, size) for index in range(len(dataset))]
@@ -147,7 +156,7 @@ def cached(
 
 
 def resized_label(dataset: CocoDetection, index: int, size: int) -> dict[str, Tensor]:
-    """The label of an image with the long side ``size``, without decoding it."""
+    """Return the label of an image whose long side is brought to ``size`` pixels, without decoding it."""
     record, found = dataset.split.images[index], dataset.annotations(index)
     ratio = size / max(record.height, record.width)
     # As torchvision's RandomShortestSize rounds.

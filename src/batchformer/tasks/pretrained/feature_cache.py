@@ -1,36 +1,34 @@
-"""Maps of a frozen backbone, computed once for every image, and its mirror image where wanted, and read from then on.
+"""Features that a frozen network computes, kept on disk: once for every image, and for its mirror image where wanted.
 
-Axis letters: M images, C channels, h, w cells of a map.
+Axis letters: M images, B images of a batch, C channels, h, w cells of a map.
 """
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .backbone import Backbone
+from batchformer.data.atomic import atomic_file
 
 __all__ = ["FeatureCache", "fill"]
 
 
 class FeatureCache:
-    """Maps on disk in half precision, in memory-mapped files that all processes share.
+    """Features on disk in half precision, in memory-mapped files that all processes share.
 
-    A row counts as there only when it is marked, which :meth:`flush` does once the maps are on the disk: a filling that
-    was killed goes on where it was, and several processes may fill different rows.
+    :meth:`flush` marks an image as done once its features are on the disk. A filling that was killed therefore goes on
+    where it was, and several processes may fill different images.
 
     Args:
-        folder: Of this cache; made if it is not there. Its name should hold a hash of what the maps depend on: see
-            :meth:`key`.
-        images: M.
-        shapes: (C, h, w) of each map.
-        mirrored: Whether there are maps of mirror images too.
+        folder: Folder of this cache; made if it is absent. Its name should hold the :meth:`key`.
+        images: Number of images M.
+        shapes: Shape of each feature of one image, such as (C, h, w) for a map.
+        mirrored: Keep the features of mirror images too.
 
     Example:
         >>> import tempfile
@@ -43,9 +41,7 @@ class FeatureCache:
         (3, 0.5)
     """
 
-    def __init__(
-        self, folder: Path, images: int, shapes: Sequence[tuple[int, int, int]], *, mirrored: bool = True
-    ) -> None:
+    def __init__(self, folder: Path, images: int, shapes: Sequence[tuple[int, ...]], *, mirrored: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         views = 2 if mirrored else 1
         self.images, self.shapes = images, [tuple(shape) for shape in shapes]
@@ -57,40 +53,43 @@ class FeatureCache:
         self._written: list[tuple[int, int]] = []
 
     @staticmethod
-    def key(backbone: Backbone, files: Sequence[Path], size: int) -> str:
-        """A hash of weights, images (names, bytes, times) and size: what the maps are a function of."""
+    def key(network: nn.Module, facts: Mapping[str, Any]) -> str:
+        """Return a hash of all that the features depend on.
+
+        Args:
+            network: Frozen network; its weights count.
+            facts: Everything else, of plain types and paths: the files of the images, the size to which they are
+                brought. A path counts by name, bytes and time of change.
+        """
         digest = hashlib.blake2b(digest_size=12)
-        for name, value in sorted(backbone.state_dict().items()):
+        for name, value in sorted(network.state_dict().items()):
             digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-        stated = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        facts: dict[str, Any] = {"strides": backbone.strides, "size": size, "files": stated}
-        facts |= {name: getattr(backbone, name).flatten().tolist() for name in ("scale", "shift")}
-        digest.update(json.dumps(facts).encode())
+        digest.update(json.dumps(facts, default=_stated).encode())
         return digest.hexdigest()
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[tuple[int, bool]]:
-        """(image, mirrored) of what is not there, this process's share."""
+        """Return (image, mirrored) of the features that are not there; of several processes, the share of one."""
         places = np.argwhere(self._there == 0)
         return [(int(image), bool(mirrored)) for image, mirrored in places if image % world_size == rank]
 
     def write(self, image: int, mirrored: bool, maps: Sequence[Tensor]) -> None:
-        """Store the maps (C, h, w) of one image; they are there after :meth:`flush`.
+        """Store the features of one image; they count as there after :meth:`flush`.
 
         Raises:
-            FloatingPointError: When they do not fit into half precision.
+            FloatingPointError: They do not fit into half precision.
         """
         for target, x in zip(self._maps, maps, strict=True):
             half = x.detach().cpu().half()
             if not bool(torch.isfinite(half).all()):
                 raise FloatingPointError(
-                    "Expected maps that fit into half precision, got some above 65,504 or not finite. Set "
+                    "Expected features that fit into half precision, got some above 65,504 or not finite. Set "
                     "data.cache_features=false."
                 )
             target[image, int(mirrored)] = half.numpy()
         self._written.append((image, int(mirrored)))
 
     def flush(self) -> None:
-        """Hand what was written to the disk, then mark it."""
+        """Wait until what was written is on the disk, then mark it."""
         for x in self._maps:
             x.flush()
         for place in self._written:
@@ -99,14 +98,14 @@ class FeatureCache:
         self._written.clear()
 
     def read(self, images: Sequence[int], mirrored: Sequence[bool]) -> list[Tensor]:
-        """Maps (B, C, h, w) in float32 of B images."""
+        """Read the features of B images: float32, each with B in front of its shape."""
         rows = (np.asarray(images), np.asarray(mirrored, dtype=np.int64))
         return [torch.from_numpy(np.asarray(x[rows], dtype=np.float32)) for x in self._maps]
 
 
 def fill(
     cache: FeatureCache,
-    backbone: Backbone,
+    compute: Callable[[Tensor], Sequence[Tensor]],
     load: Callable[[int, bool], Tensor],
     *,
     batch_size: int = 16,
@@ -115,24 +114,23 @@ def fill(
     device: torch.device | None = None,
     say: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Compute what is missing.
+    """Compute the features that are missing.
 
     Args:
-        cache: To fill.
-        backbone: Frozen.
-        load: ``load(image, mirrored)`` gives the normalised, padded pixels (3, H, W).
-        batch_size: Images at once.
-        rank: This process.
+        cache: Cache to fill.
+        compute: Function of normalised, padded pixels (B, 3, H, W) that returns the features; run without gradients.
+        load: Function ``load(image, mirrored)`` that returns the pixels (3, H, W) of one image.
+        batch_size: Images computed at once.
+        rank: Number of this process.
         world_size: Number of processes; each computes its share.
-        device: Where to compute; by default where the backbone is.
-        say: Called with (done, of how many) after each batch.
+        device: Device that the pixels are moved to; by default the processor.
+        say: Function called with the numbers (done, of how many) after each batch.
     """
     places = cache.missing(rank, world_size)
-    device = device or next(backbone.parameters()).device
     for start in range(0, len(places), batch_size):
         batch = places[start : start + batch_size]
         with torch.inference_mode():
-            maps = backbone.maps(torch.stack([load(image, mirrored) for image, mirrored in batch]).to(device))
+            maps = compute(torch.stack([load(image, mirrored) for image, mirrored in batch]).to(device or "cpu"))
         for row, (image, mirrored) in enumerate(batch):
             cache.write(image, mirrored, [x[row] for x in maps])
         if start // batch_size % 16 == 15:
@@ -143,18 +141,16 @@ def fill(
 
 
 def _memory(path: Path, kind: Any, shape: tuple[int, ...]) -> Any:
-    """A file of zeros of this shape, made whole or found as it is."""
+    """Map a file of this shape into memory; a new one is all zeros."""
     size = int(np.prod(shape)) * np.dtype(kind).itemsize
     if not path.exists():
-        scratch = path.with_name(f".{path.name}-{os.getpid()}")
-        with scratch.open("wb") as file:
+        with atomic_file(path, keep=True) as new, new.open("wb") as file:  # the first process makes it
             file.truncate(size)
-        try:
-            os.link(scratch, path)  # whoever comes first makes it
-        except FileExistsError:
-            pass
-        finally:
-            scratch.unlink()
     if path.stat().st_size != size:
         raise OSError(f"Expected {path} of {size} bytes, found {path.stat().st_size}. Delete its folder and try again.")
     return np.memmap(path, dtype=kind, mode="r+", shape=shape)
+
+
+def _stated(file: Path) -> tuple[str, int, int]:
+    status = file.stat()
+    return file.name, status.st_size, status.st_mtime_ns

@@ -1,4 +1,4 @@
-"""Cached maps are the backbone's, whatever interrupts the filling, and know what they depend on."""
+"""Cached features are the network's, whatever interrupts the filling, and their key follows what they depend on."""
 
 import os
 from pathlib import Path
@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from batchformer.tasks.set_prediction.backbone import Backbone
-from batchformer.tasks.set_prediction.feature_cache import FeatureCache, fill
+from batchformer.tasks.pretrained.feature_cache import FeatureCache, fill
 
 SHAPES = [(4, 8, 8), (8, 4, 4)]
 
@@ -25,30 +24,26 @@ class Body(nn.Module):
         return [x, self.second(x)]
 
 
-def backbone(seed: int = 0, strides: tuple[int, ...] = (2, 4)) -> Backbone:
-    return Backbone(Body(seed), [2, 4], [4, 8], wanted=strides, trains="nothing")
-
-
 def load(image: int, mirrored: bool) -> Tensor:
     pixels = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(image))
     return pixels.flip(-1) if mirrored else pixels
 
 
 def test_cached_maps_are_the_backbones_for_both_mirror_images(tmp_path: Path) -> None:
-    cache, network = FeatureCache(tmp_path, 5, SHAPES), backbone()
+    cache, network = FeatureCache(tmp_path, 5, SHAPES), Body()
     told: list[tuple[int, int]] = []
     fill(cache, network, load, batch_size=3, say=lambda done, of: told.append((done, of)))
     assert told == [(3, 10), (6, 10), (9, 10), (10, 10)]
     assert cache.missing() == []
     images, mirrored = [4, 0, 4], [True, False, False]
-    expected = network.maps(torch.stack([load(i, m) for i, m in zip(images, mirrored, strict=True)]))
+    expected = network(torch.stack([load(i, m) for i, m in zip(images, mirrored, strict=True)]))
     for found, wanted in zip(FeatureCache(tmp_path, 5, SHAPES).read(images, mirrored), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
         assert found.dtype == torch.float32
 
 
 def test_a_filling_that_stops_goes_on_where_it_was(tmp_path: Path) -> None:
-    cache, network, loaded = FeatureCache(tmp_path, 40, SHAPES), backbone(), []
+    cache, network, loaded = FeatureCache(tmp_path, 40, SHAPES), Body(), []
 
     def until(image: int, mirrored: bool) -> Tensor:
         if image == 20:
@@ -68,33 +63,37 @@ def test_a_filling_that_stops_goes_on_where_it_was(tmp_path: Path) -> None:
     fill(again, network, counted)
     assert loaded[0] == (16, False) and len(loaded) == 48
     assert again.missing() == []
-    torch.testing.assert_close(again.read([0], [False])[0], network.maps(load(0, False)[None])[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(again.read([0], [False])[0], network(load(0, False)[None])[0], rtol=1e-3, atol=1e-3)
 
 
 def test_processes_fill_their_shares_of_one_cache(tmp_path: Path) -> None:
     first, second = FeatureCache(tmp_path, 5, SHAPES), FeatureCache(tmp_path, 5, SHAPES)
-    fill(first, backbone(), load, rank=0, world_size=2)
+    fill(first, Body(), load, rank=0, world_size=2)
     assert sorted({image for image, _ in second.missing()}) == [1, 3]
-    fill(second, backbone(), load, rank=1, world_size=2)
+    fill(second, Body(), load, rank=1, world_size=2)
     assert first.missing() == []
 
 
-def test_the_key_changes_with_what_the_maps_depend_on(tmp_path: Path) -> None:
+def test_the_key_changes_with_what_the_features_depend_on(tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("a.png", "b.png")]
     for file in files:
         file.write_bytes(b"pixels")
-    key = FeatureCache.key(backbone(), files, 160)
-    assert FeatureCache.key(backbone(), files, 160) == key
-    others = {
-        FeatureCache.key(backbone(seed=1), files, 160),
-        FeatureCache.key(backbone(strides=(4,)), files, 160),
-        FeatureCache.key(backbone(), files[:1], 160),
-        FeatureCache.key(backbone(), files[::-1], 160),
-        FeatureCache.key(backbone(), files, 128),
-    }
+    facts = {"strides": [2, 4], "size": 160, "files": files}
+    key = FeatureCache.key(Body(), facts)
+    assert FeatureCache.key(Body(), facts) == key
+    changed = ({"strides": [4]}, {"size": 128}, {"files": files[:1]}, {"files": files[::-1]})
+    others = {FeatureCache.key(Body(), {**facts, **change}) for change in changed} | {FeatureCache.key(Body(1), facts)}
     os.utime(files[0], (1, 1))
-    others.add(FeatureCache.key(backbone(), files, 160))
+    others.add(FeatureCache.key(Body(), facts))
     assert key not in others and len(others) == 6
+
+
+def test_features_may_have_any_shape(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, 3, [(4,)], mirrored=False)
+    fill(cache, lambda pixels: [pixels.mean((2, 3)).repeat(1, 2)[:, :4]], load)
+    (found,) = cache.read([2, 0], [False, False])
+    assert found.shape == (2, 4)
+    torch.testing.assert_close(found[0, :3], load(2, False).mean((1, 2)), rtol=1e-3, atol=1e-3)
 
 
 def test_maps_that_half_precision_cannot_hold_are_refused(tmp_path: Path) -> None:
