@@ -2,6 +2,7 @@
 
 import random
 import statistics
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from batchformer.engine import environment as module
 from batchformer.engine.callbacks import Cost, History
 from batchformer.engine.environment import memory_mb, peak_memory_mb
 
@@ -61,14 +63,23 @@ def test_the_steps_of_a_short_run_are_all_kept() -> None:
 def test_memory_is_counted_from_the_start_of_training() -> None:
     cost, device = Cost(), torch.device("cpu")
     assert cost.memory_over_start_mb(100.0) is None  # nothing was trained
+    assert cost.memory_over_start_mb(None) is None
     cost.on_train_start(SimpleNamespace(strategy=SimpleNamespace(root_device=device)), SimpleNamespace())  # type: ignore[arg-type]
     before = memory_mb(device)
     if before is None:
         pytest.skip("this system does not tell")
     held = torch.ones(2**25)  # 128 MB
-    after = memory_mb(device)
-    assert after is not None
+    after, peak = memory_mb(device), peak_memory_mb(device)
+    assert after is not None and peak is not None
     assert after - before > 0.9 * held.numel() * 4 / 2**20
-    over = cost.memory_over_start_mb(peak_memory_mb(device))
+    over = cost.memory_over_start_mb(peak)
     assert over is not None
     assert over >= 0.9 * held.numel() * 4 / 2**20
+
+
+def test_without_the_systems_word_the_peak_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_resident_mb", lambda entry: None)
+    peak = peak_memory_mb(torch.device("cpu"))
+    assert peak is not None and 10 < peak < 1e6  # in MB, by getrusage
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_memory_mb(torch.device("cpu")) is None

@@ -1,4 +1,4 @@
-"""Callbacks that record a run: one row of metrics for each epoch, and what the training costs."""
+"""Callbacks that record a run: a row of metrics for each epoch, and the cost of training."""
 
 import csv
 import io
@@ -16,7 +16,14 @@ from .environment import memory_mb
 
 
 class History(Callback):
-    """One row for each epoch in metrics.csv; the rows travel in the checkpoint, so a resumed run has each once."""
+    """Write metrics.csv with one row for each epoch.
+
+    The rows are part of the checkpoint, so that a resumed run has each epoch once. One object may record several stages
+    in turn.
+
+    Args:
+        path: File to write.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -24,15 +31,15 @@ class History(Callback):
         self._validated = False
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The Trainer keeps the validation metrics of the epochs before."""
+        """Note that the validation metrics at hand, if any, are those of an earlier epoch."""
         self._validated = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """These are new."""
+        """Note that the validation metrics at hand are those of this epoch."""
         self._validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the epoch."""
+        """Add the row of the epoch and write the file."""
         values = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
         if not self._validated:
             values = {name: value for name, value in values.items() if not name.startswith("val_")}
@@ -44,7 +51,7 @@ class History(Callback):
             self.write()
 
     def write(self) -> None:
-        """Write all rows; a metric that an epoch has not is an empty cell."""
+        """Write all rows; a metric that an epoch lacks is an empty cell."""
         names = list(dict.fromkeys(["epoch", "step", *(name for row in self.rows for name in row)]))
         text = io.StringIO()
         writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -53,22 +60,25 @@ class History(Callback):
         write_text(self.path, text.getvalue())
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows."""
+        """Return the rows."""
         return {"rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The rows of the epochs before the interruption."""
+        """Take over the rows of the epochs before the interruption."""
         self.rows = list(state_dict["rows"])
 
 
 class Cost(Callback):
-    """Time of training steps, data included, and of the whole training, and the memory that was there before it.
+    """Measure one stage: the time of a training step with its data, the time of all training, the memory at the start.
 
-    Of many steps every second one is kept, then every fourth, and so on: checkpoints stay small, however long the run.
+    At most 2,048 step times are kept, so that checkpoints stay small: when there are more, every other one is dropped.
+
+    Attributes:
+        train_seconds: Time of all training epochs so far, without validation.
     """
 
-    skip = 3  # the first steps of an epoch start workers and caches
-    most = 2048  # times that are kept
+    skip = 3  # first steps of an epoch, which start workers and caches and are left out
+    most = 2048
 
     def __init__(self) -> None:
         self.step_seconds: list[float] = []
@@ -80,17 +90,17 @@ class Cost(Callback):
         self._epoch_start = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Data and network are there, and nothing has been trained."""
+        """Note the memory in use before the first step, with data and network loaded."""
         self.memory_before_mb = memory_mb(trainer.strategy.root_device)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clocks."""
+        """Start the clocks of the epoch and of its first step."""
         self._epoch_start = self._last = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the time since the last step."""
+        """Add the time since the last step."""
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -107,27 +117,33 @@ class Cost(Callback):
             self.stride *= 2
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the epoch's time (without validation, which comes before this hook, as the last step's)."""
+        """Add the time from the start of the epoch to its last step; validation, which comes after it, is left out."""
         self.train_seconds += self._last - self._epoch_start
 
     def state_dict(self) -> dict[str, Any]:
-        """The measurements."""
+        """Return the measurements."""
         kept = {"step_seconds": self.step_seconds, "stride": self.stride, "steps": self.steps}
         return {**kept, "train_seconds": self.train_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The measurements before the interruption."""
+        """Take over the measurements before the interruption."""
         self.step_seconds = list(state_dict["step_seconds"])
         self.stride = int(state_dict.get("stride", 1))
         self.steps = int(state_dict.get("steps", len(self.step_seconds)))
         self.train_seconds = float(state_dict["train_seconds"])
 
     def step_ms(self) -> float | None:
-        """Median step in milliseconds."""
+        """Return the median time of a step in milliseconds, or ``None`` if no step was timed."""
         if not self.step_seconds:
             return None
         return 1000 * sorted(self.step_seconds)[len(self.step_seconds) // 2]
 
-    def memory_over_start_mb(self, peak: float) -> float | None:
-        """What training took of a peak, in MB; ``None`` where it is not known."""
-        return None if self.memory_before_mb is None else max(0.0, peak - self.memory_before_mb)
+    def memory_over_start_mb(self, peak: float | None) -> float | None:
+        """Return how far a peak lies above the memory before the first step, in MB; ``None`` if that is unknown.
+
+        Args:
+            peak: Highest memory of the process in MB, if known.
+        """
+        if peak is None or self.memory_before_mb is None:
+            return None
+        return max(0.0, peak - self.memory_before_mb)

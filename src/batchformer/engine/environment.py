@@ -2,7 +2,6 @@
 
 import os
 import platform
-import resource
 import subprocess
 import sys
 from datetime import datetime
@@ -14,7 +13,16 @@ import torch
 
 
 def environment(precision: str | None = None, command: str | None = None) -> dict[str, Any]:
-    """Versions, hardware and command: what a number needs beside it."""
+    """Return the versions, the hardware and the command, without which a number cannot be compared.
+
+    Args:
+        precision: Precision of the run, as Lightning names it.
+        command: Command line that the user typed.
+
+    Example:
+        >>> sorted(environment())
+        ['command', 'date', 'git', 'hardware', 'precision', 'python', 'versions']
+    """
     packages = ("batchformer", "torch", "lightning", "torchvision", "timm", "transformers", "torchmetrics", "numpy")
     versions = {}
     for package in packages:
@@ -60,17 +68,29 @@ def _git() -> str | None:
 
 
 def memory_mb(device: torch.device) -> float | None:
-    """Memory of this process now, in MB: on the GPU where it trains on one, else resident; ``None`` if unknown."""
+    """Return the memory in use now in MB: allocated tensors on a GPU, else resident memory; ``None`` if unknown.
+
+    Args:
+        device: Device that the run trains on.
+    """
     return torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else _resident_mb("VmRSS")
 
 
-def peak_memory_mb(device: torch.device) -> float:
-    """Its peak."""
+def peak_memory_mb(device: torch.device) -> float | None:
+    """Return the highest memory so far in MB: allocated tensors on a GPU, else resident memory; ``None`` if unknown.
+
+    Args:
+        device: Device that the run trains on.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    # Not getrusage where this can be had: its peak outlives exec, and would be that of the parent process.
+    # Not getrusage where this is known: its peak outlives exec, and would be that of the parent process.
     peak = _resident_mb("VmHWM")
     if peak is None:
+        try:
+            import resource
+        except ImportError:  # not a POSIX system
+            return None
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak = most / 2**20 if sys.platform == "darwin" else most / 2**10
     return peak
