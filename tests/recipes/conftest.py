@@ -10,6 +10,7 @@ from PIL import Image
 from batchformer.data import fetch
 
 TRAIN_COUNTS = (8, 4, 3, 2)
+SCENES = {"scenes.json", "annotations/instances_train.json", "annotations/panoptic_train.json"}
 LISTED = {
     "imagenet-lt": "train/n0144076{label}/n0144076{label}_{index}.JPEG",
     "places-lt": "data_256/a/place {label}/{index:08d}.jpg",
@@ -40,6 +41,7 @@ def make_data(
     write_cifar: Callable[..., Path],
     write_images: Callable[..., Path],
     write_coco: Callable[..., Path],
+    write_panoptic: Callable[..., Path],
     tmp_path: Path,
 ) -> Callable[..., Path]:
     """Write a data set once and say where it is."""
@@ -49,11 +51,14 @@ def make_data(
         year = "2017" if dataset == "coco" else ""
         if root.exists():
             return root
-        if task == "detection":
-            extra = {"test": 4, "unseen": 3} if dataset == "scenes" else {}
-            write_coco(root, {"train": 16, "val": 4, **extra}, year=year)
+        if task in ("detection", "panoptic"):
+            splits = {"train": 16, "val": 4} | ({"test": 4, "unseen": 3} if dataset == "scenes" else {})
+            if task == "detection":
+                write_coco(root, splits, year=year)
+            else:
+                write_panoptic(root, [f"{split}{year}" for split in splits])
             if dataset == "scenes":  # the rest of what a written set has
-                for name in ("scenes.json", "annotations/panoptic_train.json"):
+                for name in SCENES - {path.relative_to(root).as_posix() for path in root.rglob("*.json")}:
                     (root / name).write_text("{}", encoding="utf-8")
             return root
         if dataset == "fashion-mnist":

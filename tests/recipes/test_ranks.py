@@ -1,0 +1,39 @@
+"""Recipes on two ranks: real processes, every image counted once, the same metrics as one process finds."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ranks import distributed, torchrun
+from recipe_runs import result_of, rows, settings_of
+from tiny_recipes import epochs_of, tiny
+
+from batchformer.engine import run as engine
+from batchformer.engine.recipes import find_recipe
+
+pytestmark = distributed
+MakeData = Callable[..., Path]
+GATHERED = ["--model.batchformer.gather=all"]
+TWO_RANKS = {
+    "detection/folder": GATHERED,
+    "longtail/fashion-mnist-lt": GATHERED,
+    "longtail/cifar100-lt-paco": [],
+    "panoptic/folder": [*GATHERED, "--data.batch_size=2"],
+}
+
+
+@pytest.mark.parametrize("name", TWO_RANKS)
+def test_two_ranks(name: str, make_data: MakeData, tmp_path: Path) -> None:
+    recipe = find_recipe(name)
+    settings, stages = settings_of(recipe), epochs_of(recipe)
+    words = [*tiny(recipe, make_data(settings["data"]["dataset"], settings["task"])), *TWO_RANKS[name]]
+    words += [f"--out={tmp_path}", "--name=run", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    done = torchrun("-m", "batchformer", "fit", name, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("Run: ") == 1, "one rank speaks for both"
+    assert "Warning" not in done.stderr
+    result = result_of(tmp_path / "run")
+    assert [entry["name"] for entry in result["stages"]] == list(stages)
+    assert [row["step"] for row in rows(tmp_path / "run")] == [str(2 * e + 2) for e in range(sum(stages.values()))]
+    # Counted over both ranks, every test image once: one process alone finds the same.
+    assert result["metrics"] == pytest.approx(engine.test(tmp_path / "run"), abs=1e-6, nan_ok=True)
