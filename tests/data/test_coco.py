@@ -86,7 +86,7 @@ def test_policy_clips_drops_and_counts(write: Write) -> None:
     assert split.counts().tolist() == [2, 0]  # crowds are not trained on
     assert (split.findings.clipped, split.findings.dropped, split.findings.crowd, split.findings.empty) == (2, 2, 1, 1)
     assert str(split.findings) == (
-        "2 images, 3 boxes; 1 crowd box (evaluation ignores what lies there); 1 image without a box; 2 boxes clipped "
+        "2 images, 3 boxes; 1 crowd box (evaluation ignores detections there); 1 image without a box; 2 boxes clipped "
         "to their image; 2 boxes without area or outside their image dropped"
     )
 
@@ -216,7 +216,9 @@ def test_missing_images_are_listed_together(write: Write) -> None:
     root = write([])
     for file in (root / "train2017").iterdir():
         file.unlink()
-    with pytest.raises(DataError, match=r"Expected 2 image files of .*, 2 are missing:\n.*7\.jpg\n.*5\.jpg"):
+    with pytest.raises(
+        DataError, match=r"Expected the 2 image files that .* lists, 2 are missing:\n.*7\.jpg\n.*5\.jpg"
+    ):
         open_split(root, "train")
 
 
@@ -224,7 +226,7 @@ def test_half_a_file(write: Write) -> None:
     root = write([box(1, 5, [0, 0, 9, 9])])
     path = root / "annotations" / "instances_train2017.json"
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(DataError, match="Expected JSON in .* half a file"):
+    with pytest.raises(DataError, match="Expected JSON in .* a part of a file"):
         open_split(root, "train")
 
 
@@ -324,7 +326,7 @@ def test_panoptic_png_with_segments_that_the_json_has_not(panoptic: Path) -> Non
     assert 300 in split.segment_map(0)
     del segments[0]
     file.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"1\.png only segments that the JSON has, got others:\n  300$"):
+    with pytest.raises(DataError, match=r"1\.png only segments that are in the JSON, got others:\n  300$"):
         open_split(panoptic, "val", kind="panoptic").segment_map(0)
     segments.append({"id": 300, "category_id": 3})
     file.write_text(json.dumps(content))
@@ -369,7 +371,7 @@ def test_panoptic_png_missing_or_broken(panoptic: Path) -> None:
     with pytest.raises(DataError, match="PNG of segments .* cannot be read"):
         open_split(panoptic, "val", kind="panoptic").segment_map(0)
     file.unlink()
-    with pytest.raises(DataError, match="Expected 1 PNG files of .*, 1 are missing"):
+    with pytest.raises(DataError, match="Expected the 1 PNG files that .* lists, 1 are missing"):
         open_split(panoptic, "val", kind="panoptic")
     file.parent.rmdir()
     with pytest.raises(DataNotFoundError, match="panoptic PNG files"):

@@ -60,7 +60,7 @@ def test_test_split_may_lack_a_class_but_not_add_one(tmp_path: Path, write_image
     (tmp_path / "test" / "class 1").rmdir()
     assert read_folder(tmp_path)["test"].labels.tolist() == [0, 2]
     (tmp_path / "test" / "class 0").rename(tmp_path / "test" / "stranger")
-    with pytest.raises(DataError, match=r"only classes of the training split; these are not there:\n  stranger"):
+    with pytest.raises(DataError, match=r"only classes of the training split, got others:\n  stranger"):
         read_folder(tmp_path)
 
 

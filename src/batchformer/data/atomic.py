@@ -25,12 +25,12 @@ _LOCK = ".lock"
 def atomic_file(path: Path, *, keep: bool = False) -> Iterator[Path]:
     """Give a path to write a file to, which takes the place of ``path`` when the block ends without an error.
 
-    A reader sees the old file or the new one, never half of it, even if the process is killed. What a killed process
-    left behind is removed when the same file is written the next time.
+    A reader sees the old file or the new one, never half of it, even if the process is killed. The leftovers of a
+    killed process are removed when the same file is written the next time.
 
     Args:
-        path: The file; its folder is made if it is absent.
-        keep: Leave a file that another process has put there meanwhile.
+        path: File to write; its folder is made if it is absent.
+        keep: Keep a file that is there already, or that another process writes meanwhile.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as here:
@@ -66,11 +66,11 @@ def write_json(path: Path, content: Any) -> None:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Give a path to make a folder at, which takes the place of ``target`` when the block ends without an error.
 
-    The folder around it is empty, belongs to this process and is removed at the end, so the block may work there. What
-    a killed process left behind is removed when the same target is made the next time.
+    The folder around it is empty, belongs to this process and is removed at the end, so that the block may work there.
+    The leftovers of a killed process are removed when the same target is made the next time.
 
     Args:
-        target: The final name. A folder that is there already is replaced.
+        target: Folder to make; one that is there already is replaced.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as here:
@@ -96,7 +96,7 @@ def alone_in(folder: Path, patience: float = 5.0) -> Iterator[None]:
     releases the lock at once. On a file system without locks nothing is held.
 
     Args:
-        folder: The folder to hold.
+        folder: Folder to hold.
         patience: Seconds to wait for another process that is about to end, such as a run that was just killed.
 
     Raises:

@@ -1,7 +1,7 @@
-"""AutoAugment and RandAugment of a whole batch at once: every sample draws its own operations and strengths.
+"""AutoAugment and RandAugment of a whole batch at once, with operations and strengths drawn for each sample.
 
-The policies, the operations and the strengths are torchvision's (its tables are read from its own classes); only
-the execution differs: samples that drew the same operation are transformed together, whatever their strengths.
+The policies, the operations and the strengths are torchvision's: the tables are read from its classes. Only the
+execution differs, since samples with the same operation are transformed together, whatever their strengths.
 Axes: N samples, C channels (1 or 3), H height, W width.
 """
 
@@ -20,11 +20,11 @@ _MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 
 
 class AutoAugment:
-    """AutoAugment (Cubuk et al., CVPR 2019): one of 25 learned pairs of operations per sample.
+    """AutoAugment, which applies one of 25 learned pairs of operations to each sample (Cubuk et al., CVPR 2019).
 
     Args:
-        policy: Which learned policy.
-        fill: Value of what comes into the frame.
+        policy: Learned policy.
+        fill: Value of the pixels that come into the frame.
 
     Example:
         >>> augment = AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
@@ -56,13 +56,13 @@ class AutoAugment:
 
 
 class RandAugment:
-    """RandAugment (Cubuk et al., NeurIPS 2020): operations drawn uniformly, all at one magnitude.
+    """RandAugment, which draws operations uniformly and applies all at one magnitude (Cubuk et al., NeurIPS 2020).
 
     Args:
-        num_ops: Operations per sample.
+        num_ops: Operations for each sample.
         magnitude: Strength, from 0 to ``bins - 1``.
         bins: Number of strengths.
-        fill: Value of what comes into the frame.
+        fill: Value of the pixels that come into the frame.
     """
 
     def __init__(self, num_ops: int, magnitude: int, bins: int, fill: int = 0) -> None:
@@ -100,13 +100,13 @@ def _apply_groups(images: Tensor, groups: dict[str, list[tuple[int, float]]], fi
 
 
 def operation(name: str, images: Tensor, strength_N: Tensor, fill: int = 0) -> Tensor:
-    """Apply one operation of AutoAugment, with a strength per sample.
+    """Apply one operation of AutoAugment, with a strength for each sample.
 
     Args:
-        name: Its name in torchvision's tables.
-        images: uint8, shape (N, C, H, W).
-        strength_N: Strength in torchvision's units, with sign; the sign is ignored where it means nothing.
-        fill: Value of what comes into the frame.
+        name: Name of the operation in torchvision's tables.
+        images: Pixels, uint8, shape (N, C, H, W).
+        strength_N: Strength in torchvision's units, with a sign, which is ignored where it means nothing.
+        fill: Value of the pixels that come into the frame.
     """
     if name in _MOVES:
         return warp(images, _move(name, strength_N, images.shape[-2], images.shape[-1]), nearest=True, fill=fill)
@@ -127,7 +127,7 @@ def _identity(images: Tensor) -> Tensor:
 
 
 def _base(name: str, images: Tensor) -> Tensor | float:
-    """Return what an operation blends towards: black, grey, mean grey or smoothed."""
+    """Return the images that an operation blends towards: black, grey, of one grey, or smoothed."""
     if name == "Brightness":
         return 0.0
     if name == "Color":

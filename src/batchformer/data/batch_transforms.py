@@ -1,5 +1,4 @@
-"""Augmentation of a whole batch at once, for images that live in memory: one random draw per sample, no Python loop
-over samples.
+"""Augmentation of a whole batch at once, with a random draw for each sample and no Python loop over samples.
 
 Every function takes uint8 images and a ``torch.Generator`` and returns uint8 images of the same shape; the global
 random stream is never touched. Axes: N samples, C channels (1 or 3), H height, W width.
@@ -17,7 +16,7 @@ _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in torchvision's grayscale
 
 
 def crop(images: Tensor, stream: torch.Generator, padding: int = 4) -> Tensor:
-    """Pad with black on all sides and cut a random window of the old size out of it, per sample.
+    """Pad each sample with ``padding`` black pixels on all sides and cut out a random window of the old size.
 
     Example:
         >>> images = torch.arange(9, dtype=torch.uint8).reshape(1, 1, 3, 3)
@@ -31,13 +30,17 @@ def crop(images: Tensor, stream: torch.Generator, padding: int = 4) -> Tensor:
 
 
 def flip(images: Tensor, stream: torch.Generator, probability: float = 0.5) -> Tensor:
-    """Mirror left and right, per sample."""
+    """Mirror each sample left and right with this probability."""
     chosen = (torch.rand(len(images), generator=stream) < probability).nonzero().squeeze(1)
     return images.index_copy(0, chosen, images[chosen].flip(-1))
 
 
 def cutout(images: Tensor, stream: torch.Generator, size: int = 16) -> Tensor:
-    """Black out a ``size`` x ``size`` square around a random centre; the border cuts it (DeVries and Taylor, 2017)."""
+    """Black out a square of ``size`` pixels around a random centre of each sample; the border cuts it.
+
+    Source:
+        DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017.
+    """
     n, _, height, width = images.shape
     centre_N = torch.rand(2, n, generator=stream)
     hidden = [
@@ -50,7 +53,7 @@ def cutout(images: Tensor, stream: torch.Generator, size: int = 16) -> Tensor:
 
 
 def rotate(images: Tensor, stream: torch.Generator, degrees: float = 15.0) -> Tensor:
-    """Rotate by an angle drawn uniformly from [-degrees, degrees], per sample; nearest pixel, black corners."""
+    """Rotate each sample by an angle drawn uniformly from [-degrees, degrees]; nearest pixel, black corners."""
     angle_N = (torch.rand(len(images), generator=stream) * 2 - 1) * (degrees * torch.pi / 180)
     cos_N, sin_N, zero_N = angle_N.cos(), angle_N.sin(), torch.zeros(len(images))
     aspect = images.shape[3] / images.shape[2]
@@ -59,16 +62,16 @@ def rotate(images: Tensor, stream: torch.Generator, degrees: float = 15.0) -> Te
 
 
 def resized_crop(images: Tensor, stream: torch.Generator, smallest: float = 0.08) -> Tensor:
-    """Cut out ``smallest`` to all of the area, aspect ratio 3/4 to 4/3, and stretch it to the old size, per sample."""
+    """Cut a random window out of each sample, see :func:`windows`, and stretch it to the old size."""
     return cut(images, windows(len(images), stream, smallest))
 
 
 def windows(count: int, stream: torch.Generator, smallest: float = 0.08) -> Tensor:
-    """Draw windows of ``smallest`` to all of the area of a square image, aspect ratio 3/4 to 4/3.
+    """Draw windows of square images, with a share of the area from ``smallest`` to 1 and aspect ratio 3/4 to 4/3.
 
     Returns:
-        Shape (N, 4): width and height over the side of the image, not yet cut to 1; and the place from left to right
-        and from top to bottom, -1..1.
+        Windows, shape (N, 4): width and height over the side of the image, which may exceed 1, and the position from
+        left to right and from top to bottom, in -1..1.
     """
     draw = torch.rand(4, count, generator=stream)
     area_N = smallest + (1 - smallest) * draw[0]
@@ -77,7 +80,7 @@ def windows(count: int, stream: torch.Generator, smallest: float = 0.08) -> Tens
 
 
 def cut(images: Tensor, windows_N4: Tensor) -> Tensor:
-    """Cut a window out of each image and stretch it to the old size."""
+    """Cut windows (N, 4) of :func:`windows` out of images (N, C, H, W) and stretch them to the old size."""
     width_N, height_N = windows_N4[:, :2].clamp(max=1.0).unbind(1)
     x_N, y_N = windows_N4[:, 2:].unbind(1)
     zero_N = torch.zeros(len(images))
@@ -86,13 +89,13 @@ def cut(images: Tensor, windows_N4: Tensor) -> Tensor:
 
 
 def warp(images: Tensor, theta_N23: Tensor, *, nearest: bool, fill: int | None = None) -> Tensor:
-    """Look up every output pixel at an affine image of its position, per sample.
+    """Move the pixels of each sample by an affine map.
 
     Args:
-        images: uint8, shape (N, C, H, W).
-        theta_N23: Output to input positions, both in [-1, 1], as for ``torch.nn.functional.affine_grid``.
-        nearest: Nearest pixel instead of bilinear.
-        fill: Value of what lies outside; ``None`` repeats the border.
+        images: Pixels, uint8, shape (N, C, H, W).
+        theta_N23: Maps from output to input positions, both in [-1, 1], as for ``torch.nn.functional.affine_grid``.
+        nearest: Take the nearest pixel instead of interpolating between four.
+        fill: Value of pixels from outside the image; ``None`` repeats the border.
     """
     grid = F.affine_grid(theta_N23, list(images.shape), align_corners=False)
     mode = "nearest" if nearest else "bilinear"
@@ -102,13 +105,13 @@ def warp(images: Tensor, theta_N23: Tensor, *, nearest: bool, fill: int | None =
 
 
 def blend(images: Tensor, base: Tensor | float, factor_N: Tensor) -> Tensor:
-    """Return ``base + factor (x - base)``, clamped to 0..255, in float: the form of every change of light or colour."""
+    """Return ``base + factor (x - base)``, clamped to 0..255, in float: a change of light or colour."""
     factor = factor_N.view(-1, 1, 1, 1)
     return (base + (images - base) * factor).clamp_(0, 255)
 
 
 def grey(images: Tensor) -> Tensor:
-    """Return the luma of colour images, and grey images as they are, in float, shape (N, 1, H, W)."""
+    """Return the luma of colour images, and grey images unchanged, in float, shape (N, 1, H, W)."""
     if images.shape[1] == 1:
         return images.float()
     return torch.einsum("c,nchw->nhw", torch.tensor(_LUMA), images.float())[:, None]
@@ -123,11 +126,11 @@ def color_jitter(
     hue: float = 0.0,
     probability: float = 1.0,
 ) -> Tensor:
-    """Change brightness, contrast, saturation and hue by random factors, per sample.
+    """Change brightness, contrast, saturation and hue of each sample by random factors.
 
-    Ranges are torchvision's (``factor`` from ``[max(0, 1 - b), 1 + b]``, hue in turns). The order is fixed, not
-    random, and the hue turns in the YIQ plane instead of HSV, which makes it one matrix per sample. Grey images
-    keep saturation and hue.
+    The ranges are torchvision's: a factor from ``[max(0, 1 - b), 1 + b]``, the hue in turns. The order is fixed instead
+    of random, and the hue turns in the YIQ plane instead of HSV, so that one matrix for each sample does it. Grey
+    images keep saturation and hue.
     """
     draw = torch.rand(5, len(images), generator=stream)
     x = blend(images, 0.0, _factor(draw[0], brightness))
@@ -155,14 +158,14 @@ def _hue_matrices(turns_N: Tensor) -> Tensor:
 
 
 def grayscale(images: Tensor, stream: torch.Generator, probability: float = 0.2) -> Tensor:
-    """Take the colour away, per sample."""
+    """Take the colour of each sample away with this probability."""
     chosen = (torch.rand(len(images), generator=stream) < probability).nonzero().squeeze(1)
     without = grey(images[chosen]).round_().to(torch.uint8).expand(-1, images.shape[1], -1, -1)
     return images.index_copy(0, chosen, without)
 
 
 def blur(images: Tensor, stream: torch.Generator, probability: float = 0.5) -> Tensor:
-    """Blur with a Gaussian of sigma 0.1 to 2.0 pixels, per sample; the kernel is a tenth of the width."""
+    """Blur each sample with this probability, by a Gaussian of sigma 0.1 to 2 pixels over a tenth of the width."""
     n, channels, _, width = images.shape
     draw = torch.rand(2, n, generator=stream)
     chosen = (draw[0] < probability).nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""The known data sets: what they are, under which terms, how they are got, and which files are expected where."""
+"""Table of the known data sets: content, terms, ways to get them, expected files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,18 +9,18 @@ class Dataset:
     """One row of the table of known data sets.
 
     Attributes:
-        title: The name people know.
-        content: What it is, in one line.
-        size: The download, in words.
-        licence: The terms, in words.
-        home: The data set's own home page.
-        how: What to do to get it.
-        files: The files (or folders) that must be there, relative to one of ``layouts``.
+        title: Usual name.
+        content: Content in one line.
+        size: Size of the download, in words.
+        licence: Terms, in words.
+        home: Home page of the data set.
+        how: Sentence for the user on how to get it.
+        files: Files or folders that must be there, relative to one of ``layouts``.
         layouts: Sub-folders of the data root in which the files may lie.
         system: Absolute folders in which a system installation puts the files.
-        sha256: Checksum of the unpacked content, for every file that is fetched.
-        tree_sha256: Checksum of a whole fetched folder, names and contents, where its files are many.
-        made_from: The data set that this one is made from, here, instead of being fetched.
+        sha256: Checksum of the unpacked content of every file that is fetched.
+        tree_sha256: Checksum of the names and contents of a fetched folder with many files.
+        made_from: Data set that this one is made from on this machine instead of being fetched.
     """
 
     title: str
@@ -38,7 +38,7 @@ class Dataset:
 
     @property
     def fetchable(self) -> bool:
-        """Whether :func:`get` can fetch or make it; the others are only read from a local copy."""
+        """True if :func:`batchformer.data.fetch.get` can fetch or make it; others are read from a local copy."""
         return bool(self.sha256 or self.tree_sha256 or self.made_from)
 
 
@@ -116,7 +116,7 @@ DATASETS: dict[str, Dataset] = {
     ),
     "scenes": Dataset(
         title="batchformer scenes",
-        content="4,000 scenes of 160x160 pixels: cut-out photographs of 8 things on 4 kinds of stuff, boxes and masks",
+        content="4,000 scenes of 160x160 pixels with boxes and masks: photographs of 8 classes of things on 4 of stuff",
         size="184 MB of photographs (fetched once), 72 MB of scenes",
         licence="pictures in the public domain, CC-BY, CC-BY-SA or GPL; ATTRIBUTION.txt beside them lists them",
         home="https://tuxpaint.org/stamps/",
@@ -149,7 +149,7 @@ DATASETS: dict[str, Dataset] = {
     ),
     "coco": Dataset(
         title="COCO 2017",
-        content="123,287 photographs with boxes of 80 things; panoptic: 53 kinds of stuff beside",
+        content="123,287 photographs with boxes of 80 classes of things, and panoptic maps with 53 classes of stuff",
         size="19 GB of photographs, 0.3 GB of boxes, 0.8 GB of panoptic maps",
         licence="annotations CC-BY-4.0; photographs under their Flickr licences",
         home="https://cocodataset.org/#download",

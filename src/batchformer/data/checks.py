@@ -1,4 +1,4 @@
-"""Looking at everything before the first step: all problems of one kind come in one message."""
+"""Checks of all classes and image files before the first step; all problems of one kind are in one message."""
 
 import hashlib
 import json
@@ -20,11 +20,11 @@ def check_classes(counts: Tensor, classes: Sequence[str]) -> None:
     """Check that every class has a training image.
 
     Args:
-        counts: Training images per class, shape (K,).
+        counts: Training images of each class, shape (K,).
         classes: Class names.
 
     Raises:
-        DataError: Classes without one, all of them in one message.
+        DataError: Classes have no training image; the message lists all of them.
     """
     empty = [f"{k} ({classes[k]})" for k in (counts == 0).nonzero().squeeze(1).tolist()]
     if empty:
@@ -37,18 +37,18 @@ def check_classes(counts: Tensor, classes: Sequence[str]) -> None:
 def check_samples(samples: Samples, *, what: str = "training", cache: Path | None = None, decode: bool = True) -> None:
     """Check that every file is there and, on request, that every image can be decoded to its end.
 
-    Decoding runs in threads; files that passed are remembered by (path, size, time of change), so later starts only
-    look at the files' metadata.
+    Decoding runs in threads. Files that passed are remembered by path, size and time of change, so that later starts
+    need not decode them again.
 
     Args:
-        samples: What to check.
-        what: Which part of the data this is, for the message.
-        cache: Folder in which to remember what passed; ``None`` remembers nothing.
+        samples: Image files and labels to check.
+        what: Word for this part of the data in the message.
+        cache: Folder in which to remember the files that passed; ``None`` remembers nothing.
         decode: Also decode every image.
 
     Raises:
-        DataNotFoundError: Missing files, all of them in one message.
-        DataError: Images that cannot be decoded, all of them in one message with the reason.
+        DataNotFoundError: Files are missing; the message lists all of them.
+        DataError: Images cannot be decoded; the message lists all of them with the reason.
     """
     check_labels(samples)
     unique = sorted(set(samples.paths))

@@ -1,23 +1,22 @@
-"""COCO folders, read as they are published: instances (boxes) and panoptic (boxes of segments, and their pixels).
+"""Reading of COCO folders as published: instances (boxes) and panoptic (boxes of segments, and their pixels).
 
-Where things may lie is in :mod:`batchformer.data.coco_layout`. What is done with what is not as it should be:
+:mod:`batchformer.data.coco_layout` lists the places where files may lie. Invalid annotations are handled like this:
 
     =========================================  ==================================================================
-    crowd boxes                                kept for evaluation, which ignores them; not trained on
-    images without a box                       kept: they teach where nothing is
+    crowd boxes                                kept for evaluation, which ignores them; left out of training
+    images without a box                       kept, since a detector learns from them where nothing is
     boxes partly outside their image           clipped to it
     boxes without area, or wholly outside      dropped
-    not JSON, a key or a file missing,         an error before the first step, with all problems of the kind;
-    a value of another type, an id twice,      a list of boxes may be mended by hand, a wrong one may not
+    not JSON, a key or a file missing,         an error before the first step, which lists all problems of the
+    a value of another type, an id twice,      kind
     an unknown category or image, numbers
     that are not finite, a negative area,
     an image without height or width
-    PNG of another size than its image, or     an error when the PNG is read
-    with ids that the JSON has not
+    a PNG of another size than its image, or   an error when the PNG is read
+    with ids that are not in the JSON
     =========================================  ==================================================================
 
-The first four are counted in the split's :class:`Findings`; ``policy="strict"`` makes errors of clipped and dropped
-boxes.
+The split's :class:`Findings` count the first four; ``policy="strict"`` turns clipped and dropped boxes into errors.
 """
 
 import math
@@ -41,7 +40,7 @@ Policy = Literal["tolerant", "strict"]
 
 @dataclass(frozen=True)
 class Category:
-    """A class: its id in the file (any number), its name, and whether it is countable (a thing) or stuff."""
+    """A class: its id in the file (any whole number), its name, and its kind, countable (a thing) or stuff."""
 
     id: int
     name: str
@@ -50,7 +49,7 @@ class Category:
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """An image: its id in the file, where it lies, and its size in pixels; ``segments``: its panoptic PNG."""
+    """An image: its id in the JSON, its file, its size in pixels, and its panoptic PNG, if any (``segments``)."""
 
     id: int
     file: Path
@@ -61,14 +60,14 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class Annotations:
-    """What is in one image, T boxes.
+    """Annotations of one image with T boxes.
 
     Attributes:
-        boxes: (T, 4), x1, y1, x2, y2 in pixels, inside the image, with area.
-        labels: (T,), index of the class in the split's categories.
-        areas: (T,), of the segment as the file says, in square pixels; COCO sorts objects into sizes by it.
-        iscrowd: (T,), boolean: a group of objects under one box.
-        ids: (T,), of the annotation, or of the segment in the panoptic PNG.
+        boxes: Corners x1, y1, x2, y2 in pixels, inside the image and with area, shape (T, 4).
+        labels: Index of each class in the split's categories, shape (T,).
+        areas: Area of each segment in square pixels, as the file says, shape (T,); COCO sorts objects into sizes by it.
+        iscrowd: Boolean, shape (T,); true where one box stands for a group of objects.
+        ids: Id of each annotation, or of the segment in the panoptic PNG, shape (T,).
         dropped: Ids of the boxes that the policy left out.
     """
 
@@ -82,7 +81,7 @@ class Annotations:
 
 @dataclass
 class Findings:
-    """What was met while reading, in numbers; ``str()`` gives it in words.
+    """Counts of images and boxes, and of the invalid ones among them; ``str()`` writes them as a sentence.
 
     Example:
         >>> print(Findings(images=2, boxes=3, clipped=1))
@@ -99,12 +98,12 @@ class Findings:
 
     def __str__(self) -> str:
         words = [
-            (self.crowd, "crowd {box} (evaluation ignores what lies there)"),
+            (self.crowd, "crowd {box} (evaluation ignores detections there)"),
             (self.empty, "{image} without a box"),
             (self.clipped, "{box} clipped to {its} image"),
             (self.dropped, "{box} without area or outside {its} image dropped"),
         ]
-        said = [
+        parts = [
             f"{n} "
             + text.format(
                 box="box" if n == 1 else "boxes",
@@ -114,7 +113,7 @@ class Findings:
             for n, text in words
             if n
         ]
-        return f"{self.images} images, {self.boxes} boxes" + "".join(f"; {line}" for line in said)
+        return f"{self.images} images, {self.boxes} boxes" + "".join(f"; {part}" for part in parts)
 
 
 @dataclass(frozen=True)
@@ -122,11 +121,11 @@ class CocoSplit:
     """One split of a COCO folder.
 
     Attributes:
-        name: Its name.
-        categories: In the order of their ids; the index is the class label.
-        images: In the order of the file.
-        annotations: One entry for each image.
-        findings: What was clipped, dropped and so on.
+        name: Name of the split.
+        categories: Classes in the order of their ids; the index is the class label.
+        images: Images in the order of the file.
+        annotations: Annotations of each image.
+        findings: Counts of boxes that were clipped, dropped and so on.
     """
 
     name: str
@@ -139,7 +138,7 @@ class CocoSplit:
         return len(self.images)
 
     def counts(self) -> Tensor:
-        """Boxes of each class, crowds left out, (K,)."""
+        """Count the boxes of each class, crowds left out, shape (K,)."""
         kept = [entry.labels[~entry.iscrowd] for entry in self.annotations]
         return torch.bincount(
             torch.cat(kept) if kept else torch.zeros(0, dtype=torch.int64), minlength=self.num_classes
@@ -147,15 +146,18 @@ class CocoSplit:
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """Number of classes K."""
         return len(self.categories)
 
     def segment_map(self, index: int) -> Tensor:
-        """Segment id of every pixel of an image, (H, W) int64; 0 belongs to no segment.
+        """Read the segment id of every pixel of an image, int64, shape (H, W); 0 belongs to no segment.
+
+        Args:
+            index: Number of the image in the split.
 
         Raises:
-            DataError: The split is not panoptic, the PNG cannot be read, has another size, or has ids that the JSON has
-                not.
+            DataError: The split is not panoptic, or the PNG cannot be read, has another size, or has ids that the JSON
+                lacks.
         """
         import numpy as np
         from PIL import Image
@@ -177,19 +179,24 @@ class CocoSplit:
                 f"{ids.shape[1]} x {ids.shape[0]}."
             )
         entry = self.annotations[index]
-        starts = ids.flatten()[ids.flatten().diff(prepend=torch.tensor([-1])) != 0]  # of runs: far fewer than pixels
+        starts = ids.flatten()[
+            ids.flatten().diff(prepend=torch.tensor([-1])) != 0
+        ]  # starts of runs, far fewer than pixels
         strangers = sorted(set(starts.tolist()) - {0, *entry.ids.tolist(), *entry.dropped})
         if strangers:
             raise DataError(
-                f"Expected in {record.segments} only segments that the JSON has, got others:{listing(strangers)}"
+                f"Expected in {record.segments} only segments that are in the JSON, got others:{listing(strangers)}"
             )
         return ids
 
     def masks(self, index: int) -> Tensor:
-        """Pixels of each box's segment, (T, H, W) boolean. Panoptic splits only.
+        """Read the pixels of each box's segment in a panoptic split, boolean, shape (T, H, W).
+
+        Args:
+            index: Number of the image in the split.
 
         Raises:
-            DataError: As :meth:`segment_map`, and for a segment of the JSON without a pixel.
+            DataError: One of the reasons of :meth:`segment_map`, or a segment of the JSON has no pixel.
         """
         ids, wanted = self.segment_map(index), self.annotations[index].ids
         masks = ids[None] == wanted[:, None, None]
@@ -213,16 +220,16 @@ def open_split(
     """Read one split of a COCO folder.
 
     Args:
-        root: The folder.
-        split: ``train``, ``val``, ...; with or without a year.
-        kind: Boxes of instances, or of panoptic segments with their PNG.
-        annotations: The JSON file, where it lies elsewhere; relative to ``root``.
-        images: The folder of images, where it lies elsewhere; relative to ``root``.
-        policy: ``strict`` makes errors of boxes that are clipped or dropped otherwise.
+        root: Folder of the data set.
+        split: Name of the split, such as ``train`` or ``val``, with or without a year.
+        kind: ``"instances"``, or ``"panoptic"`` for the boxes of panoptic segments with their PNG.
+        annotations: JSON file in another place, relative to ``root``.
+        images: Folder of images in another place, relative to ``root``.
+        policy: ``"strict"`` turns boxes that are clipped or dropped otherwise into errors.
 
     Raises:
-        DataNotFoundError: No JSON file or no folder of images; says where it was looked for.
-        DataError: For what the table at the top of this file calls an error; all problems of one kind in one message.
+        DataNotFoundError: The JSON file or the folder of images is missing; the message lists the places tried.
+        DataError: There is an error by the table at the top of this module; the message lists all of its kind.
 
     Example:
         >>> import json, tempfile
@@ -251,7 +258,7 @@ def open_split(
     return CocoSplit(split, categories, records, found, findings)
 
 
-# -------------------------------------------------------------------- what the JSON says
+# -------------------------------------------------------------------- entries of the JSON
 
 
 def _categories(content: dict[str, Any], source: Path) -> tuple[Category, ...]:
@@ -263,7 +270,7 @@ def _categories(content: dict[str, Any], source: Path) -> tuple[Category, ...]:
 
 
 def _entries(content: dict[str, Any], kind: Kind) -> list[dict[str, Any]]:
-    """One entry for each box, in one form for both kinds."""
+    """Return an entry for each box, in one form for both kinds."""
     if kind == "instances":
         return [{"id": number, **entry} for number, entry in enumerate(content["annotations"], 1)]
     return [
@@ -288,10 +295,14 @@ def _records(
         records.append(ImageRecord(number, folder / image["file_name"], int(image["height"]), int(image["width"]), png))
     gone = [record.file for record in records if not record.file.is_file()]
     if gone:
-        raise DataError(f"Expected {len(records)} image files of {source}, {len(gone)} are missing:{listing(gone)}")
+        raise DataError(
+            f"Expected the {len(records)} image files that {source} lists, {len(gone)} are missing:{listing(gone)}"
+        )
     gone = [png for record in records if (png := record.segments) is not None and not png.is_file()]
     if gone:
-        raise DataError(f"Expected {len(records)} PNG files of {source}, {len(gone)} are missing:{listing(gone)}")
+        raise DataError(
+            f"Expected the {len(records)} PNG files that {source} lists, {len(gone)} are missing:{listing(gone)}"
+        )
     return records
 
 
@@ -312,7 +323,7 @@ def _check_ids(
         if strangers:
             lines = [f"{key} {number}: {times} times" for number, times in strangers.items()]
             raise DataError(f"Expected annotations of the {what} that {source} lists, got others:{listing(lines)}")
-    # A segment's id is unique inside its image only; both kinds hold what evaluation needs.
+    # A segment's id is unique inside its image only, which is enough for evaluation.
     twice = [pair for pair, n in Counter((e["image_id"], e["id"]) for e in entries).items() if n > 1]
     if twice:
         lines = [f"image {image}, annotation {number}" for image, number in twice]

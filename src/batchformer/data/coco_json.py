@@ -1,4 +1,4 @@
-"""The JSON file of a COCO folder: read, and looked through for all that is wrong before anything is made of it."""
+"""Reading of the JSON file of a COCO folder, with a check of all its entries."""
 
 import json
 import math
@@ -15,14 +15,14 @@ __all__ = ["read_json"]
 
 
 class _Rule(NamedTuple):
-    """What the entries of a list have under one key.
+    """Rule for the values that the entries of a list have under one key.
 
     Attributes:
-        key: Its name.
-        expected: In words.
-        fine: Whether a value is that.
-        sure: Types of which every value is, so that a COCO file of a million entries is checked by their types alone.
-        default: Stands for a key that is absent; ``...``: it must be there.
+        key: Name of the key.
+        expected: Expected value, in words.
+        fine: Function that returns whether a value is as expected.
+        sure: Types of which every value is fine, so that a million entries are checked by their types alone.
+        default: Value for a key that is absent; ``...`` if the key must be there.
     """
 
     key: str
@@ -33,8 +33,7 @@ class _Rule(NamedTuple):
 
 
 def _whole(value: Any) -> bool:
-    # 7.0 is what pandas makes of 7 beside a missing number. ``isinstance`` would take ``true`` for an int.
-    # Ids become 64-bit tensors.
+    # pandas turns 7 into 7.0 beside a missing number; isinstance would take true for an int; ids become 64-bit tensors.
     return type(value) in (int, float) and value == value // 1 and abs(value) < 2**63
 
 
@@ -88,11 +87,15 @@ _RULES: dict[str, tuple[_Rule, ...]] = {
 
 
 def read_json(source: Path, kind: Kind) -> dict[str, Any]:
-    """Read the JSON file and check that every entry has what the readers ask for, each value of its type.
+    """Read the JSON file and check that every entry has the keys that the readers need, with values of their types.
+
+    Args:
+        source: JSON file.
+        kind: Kind of its annotations.
 
     Raises:
-        DataNotFoundError: It is not there.
-        DataError: It is not JSON, lists or keys are missing, or values are wrong; all in one message.
+        DataNotFoundError: The file is not there.
+        DataError: It is not JSON, lists or keys are missing, or values are wrong; the message lists all of them.
     """
     try:
         content = json.loads(source.read_text(encoding="utf-8"))
@@ -101,7 +104,7 @@ def read_json(source: Path, kind: Kind) -> dict[str, Any]:
         raise DataNotFoundError("COCO annotations", [source], ways) from None
     except (ValueError, UnicodeDecodeError) as error:
         raise DataError(
-            f"Expected JSON in {source}, got something else or half a file ({error}). Fetch it again."
+            f"Expected JSON in {source}, got something else or a part of a file ({error}). Fetch it again."
         ) from None
     missing = [
         key
@@ -132,7 +135,7 @@ def read_json(source: Path, kind: Kind) -> dict[str, Any]:
 
 
 def _offenders(entries: Sequence[Any], rules: Sequence[_Rule], name: Callable[[int], str]) -> list[str]:
-    """What is wrong with the entries of a list, in their order; ``name`` says which entry it is."""
+    """Describe all problems of the entries of a list in their order; ``name`` names an entry by its number."""
     if not {dict}.issuperset(map(type, entries)):
         strangers = [(i, entry) for i, entry in enumerate(entries) if type(entry) is not dict]
         return [f"{name(i)} is {_shown(entry)}, not an object with keys" for i, entry in strangers]
@@ -154,7 +157,7 @@ def _named(part: str) -> Callable[[int], str]:
 
 
 def _named_inside(lists: Iterable[Sequence[Any]]) -> Callable[[int], str]:
-    """Names segments by their annotation and their place in it, from their place among all segments."""
+    """Return a function that names a segment by its annotation and its place there, given its number among all."""
     starts = list(accumulate(map(len, lists), initial=0))
 
     def name(i: int) -> str:

@@ -1,9 +1,9 @@
-"""Where the files of a COCO folder lie.
+"""Places of the files in a COCO folder.
 
 For a split such as ``train``::
 
     annotations/instances_train2017.json   train2017/*.jpg      as COCO is published
-    annotations/instances_train.json       train/*.jpg          the same without the year
+    annotations/instances_train.json       train/*.jpg          as published, without the year
     train/_annotations.coco.json           train/*.jpg          as labelling tools export it
     annotations/panoptic_train2017.json    annotations/panoptic_train2017/*.png (or panoptic_train2017/)
 """
@@ -21,7 +21,7 @@ _YEARS = ("", "2017", "2014")
 
 
 def splits(root: str | Path, kind: Kind = "instances") -> list[str]:
-    """The splits of a COCO folder, by their JSON files, without years.
+    """List the splits of a COCO folder by their JSON files, without years.
 
     Example:
         >>> splits("no/such/folder")
@@ -50,10 +50,10 @@ def _check_root(root: Path) -> None:
 
 
 def find_json(root: Path, split: str, kind: Kind) -> Path:
-    """The annotations of a split.
+    """Return the JSON file with the annotations of a split.
 
     Raises:
-        DataNotFoundError: With the places tried and the splits that are there.
+        DataNotFoundError: There is none; the message lists the places tried and the splits that are there.
     """
     _check_root(root)
     places = [root / "annotations" / f"{kind}_{name}.json" for name in _names(split)]
@@ -72,10 +72,10 @@ def find_json(root: Path, split: str, kind: Kind) -> Path:
 
 
 def find_images(root: Path, split: str, source: Path) -> Path:
-    """The folder of the images that the JSON file ``source`` lists.
+    """Return the folder of the images that the JSON file ``source`` lists.
 
     Raises:
-        DataNotFoundError: With the places tried.
+        DataNotFoundError: There is none; the message lists the places tried.
     """
     if source.name == "_annotations.coco.json":
         return source.parent
@@ -90,10 +90,10 @@ def find_images(root: Path, split: str, source: Path) -> Path:
 
 
 def find_segments(source: Path, split: str) -> Path:
-    """The folder of the panoptic PNG files of the JSON file ``source``.
+    """Return the folder of the panoptic PNG files that the JSON file ``source`` lists.
 
     Raises:
-        DataNotFoundError: With the places tried.
+        DataNotFoundError: There is none; the message lists the places tried.
     """
     names = dict.fromkeys([source.stem, *(f"panoptic_{name}" for name in _names(split))])
     places = [place for name in names for place in (source.parent / name, source.parent.parent / name)]
@@ -106,9 +106,9 @@ def find_segments(source: Path, split: str) -> Path:
 
 
 def file_ids(files: Sequence[Path]) -> list[int]:
-    """Image ids for files that no JSON lists: the numbers that they are named by, as in COCO, else 1, 2, ...
+    """Return image ids for files that no JSON lists: the numbers in their names, as in COCO, else 1, 2, ...
 
-    One rule for all of them, so that no two images share an id.
+    Names are used for all files or for none, so that no two images share an id.
 
     Example:
         >>> file_ids([Path("000000000139.jpg"), Path("7.jpg")]), file_ids([Path("1.png"), Path("00001.jpg")])

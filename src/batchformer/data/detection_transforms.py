@@ -2,10 +2,14 @@
 
 A *sample* is ``(pixel_values, label)``: ImageNet-normalised pixels (3, H, W), and a dict in transformers' convention:
 
-    class_labels (T,) int64        boxes (T, 4) float32, centre x, centre y, width, height over the image's size
-    area (T,)  iscrowd (T,)        of the annotations, area in pixels of the resized image
-    image_id ()  orig_size (2,)    height and width of the file; size (2,): after resizing
-    masks (T, H, W) bool           where they were asked for
+    class_labels  (T,) int64        class of each box
+    boxes         (T, 4) float32    centre x, centre y, width, height, over the width and height of the image
+    area          (T,) float32      area of each segment in pixels of the resized image
+    iscrowd       (T,) int64        1 where a box stands for a group of objects
+    image_id      () int64          id of the image
+    orig_size     (2,) int64        height and width of the file
+    size          (2,) int64        height and width after resizing
+    masks         (T, H, W) bool    pixels of each segment, if the dataset gives them
 
 Axis letters: B images, T boxes, H, W pixels.
 """
@@ -48,10 +52,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Transform:
-    """Steps on an image with its boxes and masks, then the form that detectors take.
+    """Transform of an image with its boxes and masks into a sample.
 
     Args:
-        steps: v2 transforms, one after the other; random numbers come from torch's global stream.
+        steps: Transforms of torchvision's v2, applied in turn; their random numbers come from torch's global stream.
     """
 
     steps: tuple[nn.Module, ...]
@@ -60,9 +64,9 @@ class Transform:
         """Transform one image.
 
         Args:
-            image: RGB.
-            annotations: ``boxes`` (T, 4) x1, y1, x2, y2 in pixels, ``labels`` (T,), and where known ``area``,
-                ``iscrowd``, ``masks`` (T, H, W) and ``image_id``; an empty mapping for an image alone.
+            image: RGB picture.
+            annotations: Mapping with ``boxes`` (T, 4) as x1, y1, x2, y2 in pixels, ``labels`` (T,), and if known
+                ``area``, ``iscrowd``, ``masks`` (T, H, W) and ``image_id``; empty for an image alone.
         """
         whole = _annotated(image, annotations)
         picture: Any = tv_tensors.Image(TF.pil_to_tensor(image))
@@ -122,14 +126,14 @@ def train_transform(
     crop: tuple[int, int] | None = (384, 600),
     crop_scales: Sequence[int] = (400, 500, 600),
 ) -> Transform:
-    """Flip, then resize to a random scale; every other image is first resized, and cut at random.
+    """Build DETR's augmentation: a flip, then a random scale; every other image is resized and cut at random before.
 
     Args:
         scales: Short sides in pixels to choose from.
-        max_size: Most pixels of the long side; ``None`` for no bound.
+        max_size: Largest long side in pixels; ``None`` for no bound.
         flip: Probability of the mirror image.
-        crop: Least and most pixels of each side of the cut; ``None`` for no cut.
-        crop_scales: Short sides before the cut.
+        crop: Smallest and largest side of the cut in pixels; ``None`` for no cut.
+        crop_scales: Short sides in pixels before the cut.
 
     Source:
         End-to-End Object Detection with Transformers (DETR), arXiv 2005.12872, section 4 (technical details).
@@ -149,7 +153,12 @@ def train_transform(
 
 
 def eval_transform(size: int = 800, max_size: int | None = 1333, *, flip: bool = False) -> Transform:
-    """Resize the short side to ``size``; ``flip`` gives the mirror image (for the maps of a frozen backbone).
+    """Build the transform for evaluation, which resizes the short side.
+
+    Args:
+        size: Short side in pixels.
+        max_size: Largest long side in pixels; ``None`` for no bound.
+        flip: Give the mirror image, for the cached maps of a frozen backbone.
 
     Example:
         >>> pixels, label = eval_transform(32)(Image.new("RGB", (60, 40)), {})
@@ -161,14 +170,14 @@ def eval_transform(size: int = 800, max_size: int | None = 1333, *, flip: bool =
 
 
 class SizeJitter(nn.Module):
-    """Resizes by another transform, and the annotations' ``area`` with it."""
+    """Resize an image by another transform, and the annotations' ``area`` with it."""
 
     def __init__(self, resize: nn.Module) -> None:
         super().__init__()
         self.resize = resize
 
     def forward(self, image: Tensor, whole: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Both resized; a box that is cut keeps the share of its area that is left of the box."""
+        """Resize both; the area of a box that is cut shrinks with the box."""
         before = _area(whole["boxes"].as_subclass(Tensor))
         image, whole = self.resize(image, whole)
         after = _area(whole["boxes"].as_subclass(Tensor))
@@ -177,14 +186,14 @@ class SizeJitter(nn.Module):
 
 
 class RandomCut(nn.Module):
-    """Cuts a rectangle out; each side has ``least`` to ``most`` pixels, or all of a side that is shorter."""
+    """Cut a rectangle out; each side has ``least`` to ``most`` pixels, or all of a side that is shorter."""
 
     def __init__(self, least: int, most: int) -> None:
         super().__init__()
         self.least, self.most = least, most
 
     def forward(self, image: Tensor, whole: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Both cut; boxes are clipped to what is left."""
+        """Cut both; boxes are clipped to the rectangle."""
         sizes = [self._side(side) for side in image.shape[-2:]]
         corner = [int(torch.randint(side - cut + 1, ())) for side, cut in zip(image.shape[-2:], sizes, strict=True)]
         place = (*corner, *sizes)  # top, left, height, width
@@ -198,10 +207,10 @@ class RandomCut(nn.Module):
 
 
 class DropVanished(nn.Module):
-    """Drops boxes without area or, with masks, without a pixel, and all that belongs to them."""
+    """Drop boxes without area or, with masks, without a pixel, and all that belongs to them."""
 
     def forward(self, image: Tensor, whole: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """The image as it is, and what is left."""
+        """Return the image unchanged and the annotations that are left."""
         boxes = whole["boxes"]
         keep = (boxes[:, 2:] > boxes[:, :2]).as_subclass(Tensor).all(1)
         if "masks" in whole:
@@ -218,12 +227,12 @@ class DropVanished(nn.Module):
 
 
 def read_image(file: str | Path) -> Image.Image:
-    """An image as networks see it in training, in the test and in predictions: RGB, opaque, as its file stores it.
+    """Read an image for training, testing and prediction: RGB, opaque, as the file stores it.
 
-    Camera orientation is not applied, for annotations are drawn on the pixels as they are stored.
+    The camera's orientation is not applied, since annotations are drawn on the pixels as they are stored.
 
     Raises:
-        DataError: It cannot be decoded.
+        DataError: The file cannot be decoded.
     """
     try:
         return decode(Path(file), 3, upright=False)
@@ -235,14 +244,14 @@ class CocoDetection(Dataset[Sample]):
     """Samples of a split; ``dataset[epoch, index]`` is a pure function of (seed, epoch, index).
 
     Args:
-        split: Of a COCO folder.
-        transform: What happens to each image.
-        crowds: Whether crowd boxes are given; evaluation ignores what lies in them, training leaves them out.
-        masks: Whether the pixels of each box's segment are given (panoptic splits).
-        seed: Of the augmentation.
+        split: Split of a COCO folder.
+        transform: Transform of each image and its annotations.
+        crowds: Give crowd boxes too: evaluation ignores detections inside them, training leaves them out.
+        masks: Give the pixels of each box's segment (panoptic splits).
+        seed: Seed of the augmentation.
 
     Raises:
-        DataError: From an item: its image cannot be decoded, or has another size than the annotations say.
+        DataError: From an item, when its image cannot be decoded or has another size than the annotations say.
     """
 
     def __init__(
@@ -261,13 +270,13 @@ class CocoDetection(Dataset[Sample]):
         return len(self.split)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """The sample of ``(epoch, index)``."""
+        """Return the sample of ``(epoch, index)``."""
         epoch, index = key
         with seeded(derive_seed(self.seed, epoch, index)):
             return self.transform(self.image(index), self.annotations(index))
 
     def image(self, index: int) -> Image.Image:
-        """The picture of an index, see `read_image`."""
+        """Read the picture of an index with :func:`read_image`."""
         record = self.split.images[index]
         image = read_image(record.file)
         if (image.height, image.width) != (record.height, record.width):
@@ -278,7 +287,7 @@ class CocoDetection(Dataset[Sample]):
         return image
 
     def annotations(self, index: int) -> dict[str, Any]:
-        """What the transform takes beside the picture."""
+        """Return the annotations of an index in the form that the transform takes."""
         found = self.split.annotations[index]
         keep = torch.ones_like(found.iscrowd) if self.crowds else ~found.iscrowd
         whole = {
@@ -294,15 +303,15 @@ class CocoDetection(Dataset[Sample]):
 
 
 def collate(samples: Sequence[Sample], *, multiple: int = 1) -> dict[str, Any]:
-    """Samples of different sizes as one batch, padded with zeros at the bottom and on the right.
+    """Make one batch of samples of different sizes, padded with zeros at the bottom and on the right.
 
     Args:
-        samples: B of them.
-        multiple: Height and width of the batch are multiples of this.
+        samples: Samples, B of them.
+        multiple: Number that divides the height and the width of the batch.
 
     Returns:
-        ``pixel_values`` (B, 3, H, W), ``pixel_mask`` (B, H, W) int64, 1 where there is an image, and ``labels``, a list
-        of B dicts; masks are padded like the pixels.
+        Dict with ``pixel_values`` (B, 3, H, W), ``pixel_mask`` (B, H, W) int64, which is 1 on images and 0 on padding,
+        and ``labels``, a list of B dicts; masks are padded like the pixels.
 
     Example:
         >>> batch = collate([(torch.ones(3, 2, 4), {}), (torch.ones(3, 3, 2), {})])

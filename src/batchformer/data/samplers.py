@@ -1,8 +1,8 @@
-"""In which order the training images are seen: a pure function of (seed, epoch), whoever asks and whenever.
+"""Order of the images in training and evaluation, as a pure function of the seed and the epoch.
 
 A run that was killed and resumed, and the two arms of a paired comparison, therefore see the same batches. The samplers
-shard by rank themselves: rank r of W takes every W-th index, so batch b is the same set of images for every W of equal
-``batch_size * W``.
+shard by rank themselves: rank r of W takes every W-th index, so that batch b is the same set of images for every W of
+equal ``batch_size * W``.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ SamplerKind = Literal["instance", "class_balanced", "square_root", "progressive"
 
 
 def derive_seed(*parts: int) -> int:
-    """Mix integers (seed, epoch, batch, ...) into one 63-bit seed; the same on every platform and in every process.
+    """Mix integers (seed, epoch, batch, ...) into one 63-bit seed, equal on every platform and in every process.
 
     Example:
         >>> derive_seed(0, 1) == derive_seed(0, 1), derive_seed(0, 1) == derive_seed(1, 0)
@@ -37,24 +37,24 @@ def generator(*parts: int) -> torch.Generator:
 def class_probabilities(
     counts: Tensor, kind: SamplerKind = "instance", *, epoch: int = 0, epochs: int | None = None
 ) -> Tensor:
-    """Probability that the next training image is of class j.
+    """Compute the probability that the next training image is of class j.
 
     ``p_j = n_j^q / sum_i n_i^q`` with q = 1 (instance-balanced), 1/2 (square-root) and 0 (class-balanced), and the
     progressively balanced mixture ``(1 - t/T) p_instance + t/T p_class``: Kang et al., "Decoupling Representation and
-    Classifier for Long-Tailed Recognition", ICLR 2020, eq. 1 to 3. Epochs count from 0 and T is the last one, so
+    Classifier for Long-Tailed Recognition", ICLR 2020, eq. 1 to 3. Epochs count from 0 and T is the last one, so that
     the first epoch is instance-balanced and the last class-balanced. Classes without images get probability 0.
 
     Args:
-        counts: Training images per class, shape (K,).
-        kind: Which of the four.
-        epoch: t, used by ``"progressive"`` alone.
+        counts: Training images of each class n_j, shape (K,).
+        kind: Sampling rule.
+        epoch: Current epoch t, used by ``"progressive"`` alone.
         epochs: Number of epochs of the whole run, used by ``"progressive"`` alone.
 
     Returns:
-        Probabilities of shape (K,), float64, summing to 1.
+        Probabilities, float64, shape (K,), summing to 1.
 
     Raises:
-        DataError: The kind is unknown, or ``"progressive"`` came without ``epochs``.
+        DataError: The kind is unknown, or ``"progressive"`` is without ``epochs``.
 
     Example:
         >>> class_probabilities(torch.tensor([9, 1]), "square_root")
@@ -84,18 +84,18 @@ class EpochSampler(DistributedSampler[int]):
 
     Args:
         labels: Class of every training image, shape (M,).
-        batch_size: Images per batch and per rank.
+        batch_size: Images in a batch of one rank.
         kind: Sampling rule.
         seed: Seed of the order.
         epochs: Epochs of the whole run; only ``"progressive"`` needs it.
         drop_last: Leave out the images that do not fill a batch on every rank. Otherwise the last batch is smaller,
             and the order is filled up from its start until every rank has the same number of images.
-        rank: This process.
+        rank: Number of this process.
         world_size: Number of processes.
 
     Raises:
-        DataError: No labels, a batch size below 1, a rank out of range, too few images for one batch with
-            ``drop_last``, or ``"progressive"`` without ``epochs``.
+        DataError: There are no labels, the batch size is below 1, the rank is out of range, ``drop_last`` leaves no
+            batch, or ``"progressive"`` is without ``epochs``.
 
     Example:
         >>> sampler = EpochSampler([0, 0, 0, 1], batch_size=2, seed=1)
@@ -127,7 +127,7 @@ class EpochSampler(DistributedSampler[int]):
         super().__init__(range(size), num_replicas=world_size, rank=rank, seed=seed, drop_last=drop_last)  # type: ignore[arg-type]
         self.batch_size, self.kind, self.epochs = batch_size, kind, epochs
         self.counts = torch.bincount(self.labels)
-        class_probabilities(self.counts, kind, epochs=epochs)  # a wrong argument must fail here, not in an epoch
+        class_probabilities(self.counts, kind, epochs=epochs)  # so that a wrong argument fails here and not in an epoch
 
     def indices(self, epoch: int | None = None) -> Tensor:
         """Return this rank's indices of an epoch (the current one by default), shape (len(self),)."""
@@ -167,12 +167,12 @@ class EvalSampler(DistributedSampler[int]):
 
     Args:
         size: Number of images.
-        batch_size: Images per batch and per rank.
-        rank: This process.
+        batch_size: Images in a batch of one rank.
+        rank: Number of this process.
         world_size: Number of processes.
 
     Raises:
-        DataError: No images, a batch size below 1, or a rank out of range.
+        DataError: There are no images, the batch size is below 1, or the rank is out of range.
 
     Example:
         >>> [list(EvalSampler(5, batch_size=2, rank=r, world_size=2)) for r in (0, 1)]

@@ -1,12 +1,12 @@
-"""Scenes of real pixels with exact boxes and masks, written to disk as a COCO folder: a set to learn detection on.
+"""Scenes of real pixels with exact boxes and masks, written to disk as a COCO folder, to learn detection on.
 
 Cut-out photographs of animals, fruit, flowers and vehicles (Tux Paint's stamps, whose alpha channel is the exact mask)
-stand on photographs of other things, whose ground is grass, gravel or brick. The pixels are real and the layout is
-drawn by a seed. Things: eight classes. Stuff: the three grounds, and the backdrop.
+stand on photographs of other things, whose ground is grass, gravel or brick. The pixels are real, and a seed draws the
+layout. There are eight classes of things, and four of stuff: the three grounds and the backdrop.
 
-Splits: ``train``; ``val`` and ``test``: new scenes of the photographs seen in training; ``unseen``: scenes of
-photographs that training never saw, about a fifth of each class. A set of few photographs is learned by heart in the
-first sense long before it is in the second, so the two are to be reported apart.
+The splits ``val`` and ``test`` are new scenes of the photographs in ``train``. The split ``unseen`` has scenes of
+photographs that training never saw, about a fifth of each class. A network knows the photographs of training by heart
+long before it recognises new ones, so results on the two are to be reported apart.
 """
 
 import json
@@ -34,13 +34,13 @@ THINGS: Mapping[str, tuple[str, ...]] = {
     "flower": ("plants/flowers",),
     "vehicle": ("vehicles", "military/vehicles"),
 }
-"""Class -> folders of Tux Paint's stamps."""
+"""Folders of Tux Paint's stamps for each class."""
 GROUNDS: Mapping[str, tuple[int, int, int]] = {
     "grass": (120, 185, 80),
     "gravel": (185, 180, 172),
     "brick": (205, 120, 95),
 }
-"""Grey textures of scikit-image (CC0), and the colour that they are given, which varies from scene to scene."""
+"""Colour (red, green, blue) of each grey texture of scikit-image (CC0); it varies from scene to scene."""
 BACKDROPS = (
     "astronaut.png",
     "camera.png",
@@ -53,24 +53,32 @@ BACKDROPS = (
 """Photographs of scikit-image and scikit-learn that show none of the things."""
 STUFF = (*GROUNDS, "backdrop")
 SPLITS = ("train", "val", "test", "unseen")
-# Among the photographs by the rule below, but no picture of the class: parts, lights, snails, a lobster, mirror images.
+# Photographs by the rule below, but no pictures of their class: parts, lights, snails, a lobster, mirror images.
 _NOT_THEM = ("sedan_police", "wheel_tractor", "Brown_slug", "Woodlouse", "lobster", "shrimp", "_mirror", "edward_bear")
-_LEAST_COLOURS = 150  # of 32 levels a channel: drawings have fewer
+_LEAST_COLOURS = 150  # at 32 levels for each channel; drawings have fewer
 
 Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class SceneSettings:
-    """How many scenes, and of what kind.
+    """Settings of scenes.
 
     Attributes:
-        size: Pixels of each side.
-        train, val, test, unseen: Scenes of each split.
-        least_objects, most_objects: Photographs in a scene.
-        least_side, most_side: The longer side of a photograph over the side of the scene.
-        visible: A photograph is left out unless this share of it can be seen.
-        seed: Of everything.
+        size: Side of a scene in pixels, at least 32.
+        train: Scenes of the split train.
+        val: Scenes of the split val.
+        test: Scenes of the split test.
+        unseen: Scenes of the split unseen.
+        least_objects: Fewest photographs in a scene, at least 1.
+        most_objects: Most photographs in a scene.
+        least_side: Smallest longer side of a photograph over the side of the scene, above 0.
+        most_side: Largest longer side of a photograph over the side of the scene, at most 1.
+        visible: Share of each photograph, above 0, that the others must leave visible.
+        seed: Seed of the layout and of the split into seen and unseen photographs, at least 0.
+
+    Raises:
+        DataError: A value is out of range.
     """
 
     size: int = 160
@@ -100,7 +108,7 @@ class SceneSettings:
 
 @dataclass(frozen=True)
 class _Layer:
-    """What lies on a scene: its place in the list of categories, where it is, and how many pixels it had alone."""
+    """Something on a scene: its place in the list of categories, and the pixels that it covers when alone."""
 
     category: int
     where: NDArray[np.bool_]
@@ -111,12 +119,12 @@ class _Layer:
 
 
 def stamps(folder: Path) -> dict[str, list[Path]]:
-    """The cut-out photographs of each class below Tux Paint's folder of stamps, in a fixed order.
+    """List the cut-out photographs of each class below Tux Paint's folder of stamps, in a fixed order.
 
     A photograph has many colours and an alpha channel; drawings, letters and black-and-white pictures are left out.
 
     Raises:
-        DataError: A class has fewer than two.
+        DataError: A class has fewer than two photographs.
     """
     found = {}
     for name, places in THINGS.items():
@@ -140,16 +148,16 @@ def _is_photograph(file: Path) -> bool:
 
 
 def write_scenes(target: Path, cutouts: Path, photographs: Path, settings: SceneSettings = SceneSettings()) -> Path:
-    """Write the scenes as a COCO folder: images, instances and panoptic annotations of each split.
+    """Write scenes as a COCO folder with images, instances and panoptic annotations of each split.
 
     Args:
-        target: New folder; the caller makes it appear under its final name when this returns.
+        target: New folder; it is complete when this returns.
         cutouts: Tux Paint's folder of stamps.
         photographs: Folder with the files of ``GROUNDS`` (``.png``) and ``BACKDROPS``.
-        settings: How many, how large, which seed.
+        settings: Numbers of scenes and objects, sizes, seed.
 
     Returns:
-        ``target``.
+        The folder ``target``.
 
     Raises:
         DataError: A source is missing or unreadable.
@@ -233,7 +241,7 @@ def _cut(random: np.random.Generator, picture: Pixels, side: int, size: int) -> 
 def _scene(
     random: np.random.Generator, pool: Sequence[Sequence[Pixels]], around: _Surroundings, settings: SceneSettings
 ) -> tuple[Pixels, list[_Layer]]:
-    """The picture, and what lies on it from back to front; every pixel belongs to the last layer that covers it."""
+    """Draw the picture and its layers from back to front; every pixel belongs to the last layer that covers it."""
     size = settings.size
     canvas = around.backdrop(random, size).astype(np.float32)
     everywhere = np.ones((size, size), dtype=bool)
@@ -262,7 +270,7 @@ def _place(
     layers: Sequence[_Layer],
     settings: SceneSettings,
 ) -> _Layer | None:
-    """Put a photograph on the canvas, unless it would hide too much of another."""
+    """Put a photograph on the canvas, unless it hides too much of another one."""
     size = settings.size
     scale = random.uniform(settings.least_side, settings.most_side) * size / max(photograph.shape[:2])
     width, height = (max(2, round(scale * length)) for length in (photograph.shape[1], photograph.shape[0]))
@@ -298,7 +306,7 @@ def _leaves_visible(where: NDArray[np.bool_], layers: Sequence[_Layer], visible:
 
 
 class _SplitWriter:
-    """Images, ``instances_<split>.json``, ``panoptic_<split>.json`` and its PNG files."""
+    """Writer of a split: images, ``instances_<split>.json``, ``panoptic_<split>.json`` and its PNG files."""
 
     def __init__(self, target: Path, split: str) -> None:
         self.split, self.folder = split, target / split
@@ -318,7 +326,7 @@ class _SplitWriter:
         owner = np.zeros((height, width), dtype=np.int64)  # the layer that each pixel belongs to
         for place, layer in enumerate(layers):
             owner[layer.where] = place
-        # Ids look like COCO's: a colour of its own for each segment, red + 256 green + 65536 blue.
+        # As in COCO, each segment has a colour of its own, and its id is red + 256 green + 65536 blue.
         ids = 1 + (np.arange(len(layers)) * 2654435 + number * 7919) % (2**24 - 1)
         info = list(_segments(owner, layers, ids))
         rgb = np.stack([ids[owner] >> shift & 255 for shift in (0, 8, 16)], -1).astype(np.uint8)
@@ -345,7 +353,7 @@ class _SplitWriter:
 
 
 def _run_lengths(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """A mask as COCO writes it uncompressed: lengths of runs, down the columns, the first of background."""
+    """Write a mask as COCO does without compression: lengths of runs down the columns, the first of background."""
     flat = np.concatenate(([False], mask.ravel(order="F"), [not mask[-1, -1]]))
     return {"size": list(mask.shape), "counts": np.diff(np.flatnonzero(np.diff(flat)), prepend=0).tolist()}
 

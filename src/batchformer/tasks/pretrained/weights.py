@@ -1,7 +1,7 @@
-"""timm's networks with ImageNet weights, from timm, from a file, or from a Python package.
+"""Networks of timm with ImageNet weights, from timm's hub, from a file, or from a Python package.
 
-The hub of timm's weights cannot be reached from everywhere. EfficientNet-Lite0 is there all the same: a package of the
-Python index holds its weights (`efficientnet-lite0` among the data sets of ``batchformer ls``).
+The hub cannot be reached from everywhere. The weights of EfficientNet-Lite0 can be had without it, from a package of
+the Python index (``efficientnet-lite0`` in the data sets of ``batchformer ls``).
 """
 
 import difflib
