@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from batchformer.tasks.longtail.older_versions import translate_settings
 from batchformer.tasks.longtail.restore import LongTailFacts, load_network
 from batchformer.tasks.longtail.ride import RoutedExperts
-from batchformer.tasks.longtail.settings import LossSettings, NetworkSettings, translate
+from batchformer.tasks.longtail.settings import LossSettings, NetworkSettings
 from batchformer.tasks.longtail.task import LongTailTask
 from batchformer.tasks.training.contract import Stage
 from batchformer.tasks.training.settings import BatchFormerSettings, OptimizerSettings
@@ -219,16 +220,21 @@ def test_settings_of_an_earlier_version_are_translated() -> None:
         "trainer.max_epochs": 0,
         "seed": 1,
     }
-    assert translate(old) == {
+    assert translate_settings(old) == {
         "seed": 1,
         "model.tau": 0.5,
         "model.teacher": None,
         "stages": [{"name": "tau", "epochs": 0, "start_from": "runs/first"}],
     }
     without = {**old, "model.stage.second": None, "model.stage.teacher": "runs/t"}
-    assert translate(without) == {"seed": 1, "model.tau": 0.5, "model.teacher": "runs/t", "trainer.max_epochs": 0}
+    assert translate_settings(without) == {
+        "seed": 1,
+        "model.tau": 0.5,
+        "model.teacher": "runs/t",
+        "trainer.max_epochs": 0,
+    }
     today = {"stages": [], "model.tau": 1.0, "trainer.max_epochs": 3}
-    assert translate(today) == LongTailTask.translate_settings(today) == today
+    assert translate_settings(today) == LongTailTask.translate_settings(today) == today
 
 
 def test_the_module_has_its_own_rate_and_decay() -> None:

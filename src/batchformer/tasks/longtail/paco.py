@@ -14,16 +14,9 @@ from torch import Tensor, nn
 from batchformer.tasks.image_classification.network import ImageClassifier, Network, make_classifier
 from batchformer.tasks.training.momentum import MomentumEncoder, RowQueue
 
-__all__ = ["PaCo", "PaCoHead", "PaCoOutput"]
+from .older_versions import translate_names
 
-_OLD_NAMES = {
-    "queue": "queue.keys",
-    "queue_targets": "queue.targets",
-    "queue_at": "queue.position",
-    "key_backbone.": "key_encoder.0.",
-    "key_mlp.": "key_encoder.1.",
-}
-"""Names in checkpoints of earlier versions and today's; an ending dot stands for all names that begin so."""
+__all__ = ["PaCo", "PaCoHead", "PaCoOutput"]
 
 
 @dataclass(frozen=True)
@@ -204,11 +197,5 @@ class PaCo(ImageClassifier):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Give names of earlier versions their names of today, then load as any module does."""
-        for old, new in _OLD_NAMES.items():
-            for name in [name for name in state_dict if _is_called(name.removeprefix(prefix), old)]:
-                state_dict[prefix + new + name.removeprefix(prefix + old)] = state_dict.pop(name)
+        translate_names(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
-def _is_called(name: str, old: str) -> bool:
-    return name.startswith(old) if old.endswith(".") else name == old

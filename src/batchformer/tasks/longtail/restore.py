@@ -11,6 +11,7 @@ from batchformer.tasks.training.checkpoint import CheckpointFormat, Restored
 from batchformer.tasks.training.contract import Exportable
 
 from .model import Logits, build_network, build_stage, without_keys
+from .older_versions import translate_entry
 from .settings import NetworkSettings
 
 
@@ -21,12 +22,7 @@ class LongTailFacts(ImageFacts):
     groups: dict[str, list[int]]
 
 
-def translate(old: dict[str, Any]) -> dict[str, Any]:
-    """Give the entry of a checkpoint of an earlier version, which had second stages, in today's form."""
-    return {"stage": old["second"] or "train", "settings": {"network": old["network"]}, "facts": old["data"]}
-
-
-CHECKPOINT = CheckpointFormat("longtail", LongTailFacts, translate)
+FORMAT = CheckpointFormat("longtail", LongTailFacts, translate_entry)
 
 
 def load_network(run: str | Path) -> Restored:
@@ -36,7 +32,7 @@ def load_network(run: str | Path) -> Restored:
         FileNotFoundError: When there is no checkpoint.
         ValueError: When it is no checkpoint of a long-tailed run.
     """
-    stored = CHECKPOINT.read(run)
+    stored = FORMAT.read(run)
     settings = NetworkSettings(**{**stored.settings["network"], "pretrained": False})  # nothing is downloaded
     network = build_stage(build_network(settings, len(stored.facts.classes), stored.facts.in_channels), stored.stage)
     network.load_state_dict(stored.plain)

@@ -82,22 +82,3 @@ def refuse_mismatch(network: NetworkSettings, loss: LossSettings, stage: Stage, 
         )
     if teacher is not None and not ride:
         raise ValueError(f"Expected the RIDE loss for distillation from a teacher, got {loss.name!r}.")
-
-
-def translate(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings of an earlier version, in which ``model.stage`` held a second stage, in today's terms.
-
-    Args:
-        settings: Dotted key to value, of a recipe with its overrides.
-
-    Example:
-        >>> translate({"model.stage.second": "crt", "model.stage.start_from": "runs/a", "trainer.max_epochs": 5})
-        {'stages': [{'name': 'crt', 'epochs': 5, 'start_from': 'runs/a'}]}
-    """
-    old = {key: settings.get(f"model.stage.{key}") for key in ("second", "start_from", "tau", "teacher")}
-    now = {key: value for key, value in settings.items() if key not in {f"model.stage.{name}" for name in old}}
-    now |= {f"model.{key}": old[key] for key in ("tau", "teacher") if f"model.stage.{key}" in settings}
-    if old["second"] is not None:
-        epochs = now.pop("trainer.max_epochs", None)
-        now["stages"] = [{"name": old["second"], "epochs": epochs, "start_from": old["start_from"]}]
-    return now

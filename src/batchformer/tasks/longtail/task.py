@@ -17,9 +17,10 @@ from .data import LongTailData
 from .loss_ride import routing
 from .metrics import MEASURES, LongTailMetrics, RoutedMetrics
 from .model import build_network, build_stage, final_logits
-from .restore import CHECKPOINT, load_network
+from .older_versions import translate_settings
+from .restore import FORMAT, load_network
 from .ride import RIDE, RoutedOutput, RoutingOutput
-from .settings import LossSettings, NetworkSettings, refuse_mismatch, translate
+from .settings import LossSettings, NetworkSettings, refuse_mismatch
 
 
 class LongTailTask(Task):
@@ -42,7 +43,7 @@ class LongTailTask(Task):
         ValueError: From ``setup()``, for settings that do not go together.
     """
 
-    checkpoint = CHECKPOINT
+    checkpoint = FORMAT
     data_type = LongTailData
     measures = MEASURES
     primary, class_metric = "top1", "accuracy"
@@ -144,5 +145,5 @@ class LongTailTask(Task):
 
     @classmethod
     def translate_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """Return settings of an earlier version, which had ``model.stage``, in today's terms."""
-        return translate(settings)
+        """Return settings of an earlier version (``model.stage``) in today's terms."""
+        return translate_settings(settings)
