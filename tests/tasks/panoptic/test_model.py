@@ -148,3 +148,10 @@ def test_sizes_that_do_not_go_together_are_refused() -> None:
         build_network(NetworkSettings("detr", backbone), 3)
     with pytest.raises(ValueError, match="d_model=40 and num_heads=8"):
         build_network(settings(d_model=40), 3)
+
+
+def test_the_name_of_earlier_cards_still_builds_the_detector() -> None:
+    from batchformer.tasks.panoptic.model import build_detector
+
+    with pytest.warns(DeprecationWarning, match="build_detector is now called build_network"):
+        assert type(build_detector(settings(), 3)).__name__ == "DetrForObjectDetection"

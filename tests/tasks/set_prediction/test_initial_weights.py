@@ -1,6 +1,7 @@
 """Detectors start as they were published, not as transformers leaves them."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from batchformer.tasks.detection.model import build_network
 from batchformer.tasks.detection.settings import NetworkSettings
 from batchformer.tasks.set_prediction.backbone import BackboneSettings
+from batchformer.tasks.set_prediction.initial_weights import initialize
 
 SIZES: dict[str, Any] = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "ffn_dim": 64, "num_queries": 200}
 
@@ -111,3 +113,10 @@ def test_boxes_of_deformable_detr_start_small(settings: dict[str, bool], expecte
 def test_the_same_seed_gives_the_same_detector() -> None:
     first, second = detector("conditional_detr").state_dict(), detector("conditional_detr").state_dict()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_detector_whose_initial_weights_are_not_known_is_refused() -> None:
+    model = nn.Module()
+    model.config = SimpleNamespace(model_type="rt_detr")  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"Deformable DETR or SMCA, got Module.*keep those of transformers"):
+        initialize(model)

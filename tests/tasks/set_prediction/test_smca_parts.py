@@ -271,7 +271,7 @@ def test_freezing_what_has_no_stages_is_an_error() -> None:
     network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
     freeze(network, 0)
     assert [p.requires_grad for p in network.parameters()] == [True, True, False, False]
-    with pytest.raises(ValueError, match=r"Expected stages in parameter names .* Sequential has none: set freeze_back"):
+    with pytest.raises(ValueError, match=r"got a Sequential without them. Set freeze_backbone_at=0"):
         freeze(network, 2)
     with pytest.raises(ValueError, match="Expected freeze_backbone_at to be 0 or more, got -1"):
         freeze(network, -1)

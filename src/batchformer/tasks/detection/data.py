@@ -1,4 +1,4 @@
-"""Detection data: COCO's instances as published, or the scenes."""
+"""Detection data: boxes of instances in COCO's format, or the scenes."""
 
 from batchformer.tasks.set_prediction.coco_data import CocoData
 
@@ -6,4 +6,4 @@ __all__ = ["DetectionData"]
 
 
 class DetectionData(CocoData):
-    """See `CocoData`: boxes of instances."""
+    """Batches with the boxes of instances; see `CocoData`."""

@@ -24,7 +24,7 @@ def detection_criterion(
         settings: Weights of the terms and costs of the matching.
         detector: Name of the detector, whose published values replace ``None``.
         num_classes: K, number of classes without "no object".
-        two_streams: Whether the rows are [plain; mixed], or a function that tells.
+        two_streams: True if the rows are [plain; mixed], or a function that tells.
         stream_weights: Weights of the plain and of the mixed stream.
 
     Example:

@@ -1,4 +1,4 @@
-"""Average precision as COCO defines it, of a batch's predictions."""
+"""COCO's average precision of batches of predictions."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -13,11 +13,11 @@ __all__ = ["AP_NAMES", "DetectionMetrics", "detections"]
 
 
 class DetectionMetrics(AveragePrecision):
-    """COCO's AP, fed with batches of `DetectionData`.
+    """COCO's AP of batches of `DetectionData`.
 
     Args:
-        num_classes: K.
-        kind: How scores follow from logits: see `detections`.
+        num_classes: K, number of classes.
+        kind: Rule by which logits become scores: see `detections`.
 
     Example:
         >>> metrics = DetectionMetrics(2, "focal")
@@ -36,9 +36,9 @@ class DetectionMetrics(AveragePrecision):
         """Add a batch.
 
         Args:
-            logits_BQK: (B, Q, K), with softmax (B, Q, K + 1).
-            boxes_BQ4: Center x, center y, width, height as shares of the image.
-            labels: Of the B images, crowds among them.
+            logits_BQK: Class logits (B, Q, K), with "softmax" (B, Q, K + 1).
+            boxes_BQ4: Center x, center y, width and height, as shares of the image.
+            labels: Labels of the B images, which may have crowds.
         """
         sizes_B2 = torch.stack([label["orig_size"] for label in labels])
         found = detections(logits_BQK, boxes_BQ4, sizes_B2, self.kind)
@@ -51,6 +51,6 @@ def _truth(label: dict[str, Any]) -> dict[str, Any]:
     scale = label["boxes"].new_tensor([width, height, width, height])
     boxes = torch.cat([center - half, center + half], dim=1) * scale
     extra = {"iscrowd": label["iscrowd"]} if "iscrowd" in label else {}
-    if "area" in label:  # of the resized image; COCO's sizes are of the file
+    if "area" in label:  # in the resized image; COCO sorts objects by their size in the file
         extra["area"] = label["area"] * (height * width) / label["size"].prod()
     return {"image_id": label["image_id"], "labels": label["class_labels"], "boxes": boxes, **extra}

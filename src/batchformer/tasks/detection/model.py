@@ -10,7 +10,7 @@ __all__ = ["build_network"]
 
 
 def build_network(settings: NetworkSettings, num_classes: int) -> Any:
-    """Build the plain detector that a recipe describes; see :func:`batchformer.tasks.set_prediction.detector`.
+    """Build the plain detector that a recipe describes; see `batchformer.tasks.set_prediction.detector`.
 
     Args:
         settings: Settings of the network.

@@ -1,9 +1,10 @@
-"""A start for the mask head from which it learns within hundreds of steps.
+"""Initial weights from which the mask head learns within hundreds of steps.
 
-What tells one query from another enters the mask head as attention maps, which sum to one over all heads and cells:
-values of 1/512 beside features of order one. And at three places maps of the backbone are added; those of
-EfficientNet-Lite0 spread by 6 to 9, ten times what they are added to. In the published initial weights the masks of two
-queries so differ by 1e-6 of their spread, and for hundreds of steps the head learns one mask for all of them.
+Queries differ in the mask head's input by their attention maps, which sum to one over all heads and cells: these are
+values of 1/512, next to features of order one. Three times maps of the backbone are added; those of EfficientNet-Lite0
+have a standard deviation of 6 to 9, ten times that of the sum so far. With the published initial weights the masks of
+two queries therefore differ by 1e-6 of their standard deviation, and for hundreds of steps the head learns one mask for
+all queries.
 
 Axis letters: N rows, C channels, h, w cells.
 """
@@ -22,18 +23,18 @@ __all__ = ["balance"]
 def balance(
     network: Any, run: Callable[[], Any], agree: Callable[[Tensor], Tensor] = lambda factors: factors
 ) -> Tensor:
-    """Scale the new mask head's weights so that its sums have terms of equal spread.
+    """Scale the weights of a new mask head so that the terms of its sums have equal standard deviations.
 
-    The first convolution's weights for the attention maps get the factor that gives them the spread of the features
-    beside them; each 1 x 1 convolution of a map of the backbone is divided by the spread of its output.
+    The weights of the first convolution for the attention maps are scaled until these contribute as much as the
+    features; each 1 x 1 convolution of a map of the backbone is divided by the standard deviation of its output.
 
     Args:
-        network: From `with_masks`; its mask head is changed in place.
-        run: Calls the network on a batch of its data.
-        agree: Makes one of the factors of several processes.
+        network: Network from `with_masks`, whose mask head is changed.
+        run: Function that passes a batch through the network.
+        agree: Function that turns the factors of several processes into one, such as their mean.
 
     Returns:
-        The factors, of the attention maps and of each of the backbone's maps, finest last.
+        Factors of the attention maps and of each map of the backbone, the finest last, (4,).
 
     Example:
         >>> from batchformer.tasks.panoptic.model import build_network, with_masks
@@ -52,7 +53,7 @@ def balance(
     hooks += [one.register_forward_hook(lambda module, args, out: seen.update({module: out.detach()})) for one in maps]
     trained = network.training
     try:
-        # In eval(), where BatchFormer is the identity: the arms of a comparison start alike.
+        # In eval() BatchFormer is the identity, so that the arms of a comparison start alike.
         network.eval()
         run()
     finally:

@@ -1,4 +1,4 @@
-"""Panoptic data: COCO's panoptic JSON and PNG as published, with masks to learn from and maps to be measured by.
+"""Panoptic data: COCO's panoptic JSON and PNG files as masks for training and as true maps for evaluation.
 
 Axis letters: H, W pixels, T segments.
 """
@@ -22,10 +22,10 @@ __all__ = ["PanopticData", "true_map"]
 
 
 class PanopticData(CocoData):
-    """See `CocoData`. Boxes are those of all segments, things and stuff alike; training labels also have ``masks``.
+    """Batches with boxes and masks of all segments, things and stuff alike; see `CocoData`.
 
-    Evaluation labels have, beside the rest: ``truth``, the panoptic map at the size of the file; ``truth_boxes``, the
-    segments' boxes there; and ``file``, the image.
+    Training labels also have ``masks``. Evaluation labels also have ``truth``, the panoptic map at the size of the
+    file; ``truth_boxes``, the segments' boxes at that size; and ``file``, the image file.
     """
 
     kind: ClassVar[Kind] = "panoptic"
@@ -42,11 +42,11 @@ class PanopticData(CocoData):
 
 
 def true_map(split: CocoSplit, index: int) -> PanopticMap:
-    """The panoptic map of an image as its files say; a segment that the policy dropped is void.
+    """Read the true panoptic map of an image; a segment that the policy has dropped is void.
 
     Args:
-        split: Panoptic.
-        index: Of the image.
+        split: Panoptic split.
+        index: Index of the image in the split.
 
     Raises:
         DataError: When the PNG cannot be read or has another size.
@@ -67,7 +67,7 @@ def _truth(split: CocoSplit, index: int) -> dict[str, Any]:
 
 
 class _WithTruth:
-    """Samples whose labels also say what evaluation compares with."""
+    """Samples whose labels have the truth for evaluation too."""
 
     def __init__(self, dataset: CocoDetection) -> None:
         self.dataset = dataset
@@ -81,13 +81,13 @@ class _WithTruth:
 
 
 class SegmentLabels(Sequence[dict[str, Any]]):
-    """Labels with masks of a split whose maps are cached: what `CocoDetection` gives, without decoding the images.
+    """Labels with masks for a split with cached features, as `CocoDetection` gives them, without decoding images.
 
-    An image's PNG is read once; then its segments stay in memory, as one map of small numbers.
+    An image's PNG is read once; after that its segments stay in memory, as one map of small numbers.
 
     Args:
-        dataset: The split.
-        size: Long side of the resized images.
+        dataset: Samples of the split.
+        size: Long side of the resized images, in pixels.
     """
 
     def __init__(self, dataset: CocoDetection, size: int) -> None:
@@ -98,7 +98,7 @@ class SegmentLabels(Sequence[dict[str, Any]]):
         return len(self.dataset)
 
     def __getitem__(self, index: Any) -> Any:
-        """The label of an image, masks (T, H, W) in its own resized size; segments without a pixel left are dropped."""
+        """Return the label of an image, with masks (T, H, W) of its resized size; empty segments are dropped."""
         label = resized_label(self.dataset, index, self.size)
         if index not in self._maps:
             self._maps[index] = self._small_map(index, label["size"].tolist())
@@ -109,7 +109,7 @@ class SegmentLabels(Sequence[dict[str, Any]]):
         return {**label, **rows, "masks": masks_THW[keep_T]}
 
     def _small_map(self, index: int, size: list[int]) -> Tensor:
-        """Number of the segment at every pixel of the resized image, from 1; 0 for none."""
+        """Return the number of the segment at every pixel of the resized image, from 1; 0 for none."""
         split, found = self.dataset.split, self.dataset.split.annotations[index]
         kept = found.ids if self.dataset.crowds else found.ids[~found.iscrowd]
         ids_HW = split.segment_map(index)
@@ -120,7 +120,7 @@ class SegmentLabels(Sequence[dict[str, Any]]):
 
 
 class _TrueLabels(Sequence[dict[str, Any]]):
-    """Labels of a split whose maps are cached, with what evaluation compares with."""
+    """Labels for a split with cached features, with the truth for evaluation."""
 
     def __init__(self, dataset: CocoDetection, size: int) -> None:
         self.dataset, self.size = dataset, size

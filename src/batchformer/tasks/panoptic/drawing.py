@@ -1,4 +1,4 @@
-"""Panoptic maps as pictures: colours over the image, borders, names, and several maps of one image side by side.
+"""Panoptic maps as pictures: colours over the image, borders, names, and several maps of an image in one row.
 
 Axis letters: H, W pixels, S segments.
 """
@@ -20,22 +20,22 @@ __all__ = ["KeptMaps", "draw", "side_by_side"]
 
 _GOLDEN = 0.61803398875
 _LEAST = 320
-"""Pixels of the longer side that a picture has at least: names must be readable."""
+"""Least number of pixels of a picture's longer side, so that names can be read."""
 
 
 def draw(image: Image.Image, segments: PanopticMap, classes: Sequence[str], is_thing: Sequence[bool]) -> Image.Image:
     """Draw a panoptic map over its image.
 
-    A class has its hue; instances of a thing differ in brightness; stuff is paler. Void keeps the image's own colours.
+    Each class has its hue; instances of a thing differ in brightness; stuff is paler. Void keeps the image's colours.
 
     Args:
-        image: Of the map's size.
-        segments: The map.
-        classes: Names, by class index.
-        is_thing: By class index.
+        image: Image of the map's size.
+        segments: Panoptic map.
+        classes: Name of each class, by class index.
+        is_thing: For each class, by index, True for things and False for stuff.
 
     Returns:
-        A new picture, small ones enlarged so that the names can be read.
+        A new picture; small ones are enlarged so that the names can be read.
 
     Raises:
         ValueError: When image and map differ in size.
@@ -49,7 +49,7 @@ def draw(image: Image.Image, segments: PanopticMap, classes: Sequence[str], is_t
     height, width = segments.ids_HW.shape
     if image.size != (width, height):
         raise ValueError(
-            f"Expected an image of the map's size {width} x {height}, got {image.size[0]} x {image.size[1]}."
+            f"Expected an image of the map's size {width} x {height}, got {image.size[0]} x {image.size[1]}. Resize it."
         )
     factor = max(1, -(-_LEAST // max(image.size)))
     ids_HW = segments.ids_HW.cpu().repeat_interleave(factor, 0).repeat_interleave(factor, 1).numpy()
@@ -64,13 +64,13 @@ def draw(image: Image.Image, segments: PanopticMap, classes: Sequence[str], is_t
 
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Pictures of one size in a row, each under its title.
+    """Put pictures into a row, each under its title.
 
     Args:
-        panels: Title and picture; smaller pictures are enlarged to the tallest.
+        panels: Title and picture of each; lower pictures are enlarged to the height of the tallest.
 
     Raises:
-        ValueError: For no panels.
+        ValueError: When there are no panels.
 
     Example:
         >>> tile = Image.new("RGB", (30, 20))
@@ -108,11 +108,11 @@ class KeptMaps:
         self.kept: list[tuple[Path, PanopticMap, PanopticMap]] = []
 
     def add(self, files: Sequence[str], maps: Sequence[tuple[PanopticMap, Any, PanopticMap]]) -> None:
-        """Keep maps of a batch, unless enough are kept.
+        """Keep the maps of a batch, until there are enough.
 
         Args:
             files: Image files.
-            maps: For each image its predicted map, its instances and its true map; empty for a detector alone.
+            maps: Predicted map, instances and true map of each image; empty for a detector alone.
         """
         for file, (predicted, _, truth) in zip(files, maps, strict=False):
             if len(self.kept) < self.most:
@@ -136,7 +136,7 @@ class KeptMaps:
 
 
 def _colours(labels: Sequence[int], is_thing: Sequence[bool]) -> list[tuple[float, float, float]]:
-    """Red, green, blue in 0..1 of each segment; a function of class, and of the place among its class."""
+    """Return red, green, blue in 0..1 of each segment, by its class and its number within the class."""
     colours, seen = [], dict.fromkeys(labels, 0)
     for label in labels:
         # Neighbours among the classes get hues far apart.
@@ -148,7 +148,7 @@ def _colours(labels: Sequence[int], is_thing: Sequence[bool]) -> list[tuple[floa
 
 
 def _borders(ids_HW: Any) -> Any:
-    """Pixels whose right or lower neighbour belongs to another segment."""
+    """Mark the pixels whose right or lower neighbour belongs to another segment."""
     borders = np.zeros(ids_HW.shape, dtype=bool)
     borders[:, :-1] |= ids_HW[:, :-1] != ids_HW[:, 1:]
     borders[:-1] |= ids_HW[:-1] != ids_HW[1:]
@@ -156,7 +156,7 @@ def _borders(ids_HW: Any) -> Any:
 
 
 def _write_names(picture: Image.Image, ids_HW: Any, names: Sequence[str]) -> None:
-    """A name in each segment that has room for it, at its innermost pixel."""
+    """Write a name into each segment that has room for it, at its innermost pixel."""
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default()
     for number, name in enumerate(names, 1):
         segment = ids_HW == number

@@ -29,7 +29,7 @@ def stage_criterion(
         detector: Name of the detector.
         num_classes: K, number of classes, things and stuff together.
         stage: Name of the stage, ``detector`` or ``masks``.
-        two_streams: Whether the rows are [plain; mixed], or a function that tells.
+        two_streams: True if the rows are [plain; mixed], or a function that tells.
         stream_weights: Weights of the plain and of the mixed stream.
 
     Source:

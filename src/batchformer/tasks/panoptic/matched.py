@@ -1,7 +1,7 @@
-"""Train the mask head on the queries that have a target, and on no others: the loss asks for no other masks.
+"""Training of the mask head on matched queries alone, since the loss needs no other masks.
 
-The mask head of DETR runs once for each query of each image, which is most of what its training costs, and its loss is
-on the few queries that are matched with a segment. Left out, the others change neither the loss nor a gradient.
+The mask head of DETR runs once for each query of each image, which is most of the cost of its training, and its loss is
+on the few queries that are matched with a segment. Leaving the others out changes neither the loss nor a gradient.
 
 Axis letters: N rows (images; both streams' with BatchFormer), Q queries, S slots (matched queries of the fullest row),
 P matched pairs, h, w of the mask head.
@@ -20,13 +20,13 @@ __all__ = ["MatchedQueries"]
 
 
 class MatchedQueries:
-    """Hooks on a network with a mask head that is given ``labels`` in training; elsewhere they do nothing.
+    """Hooks on a network with a mask head; they act when it is given ``labels`` in training.
 
-    The masks of queries without a target come out as zeros.
+    The masks of queries without a target are then zeros.
 
     Args:
-        network: From `with_masks`; BatchFormer is inserted before this.
-        costs: Of the matching, the criterion's own.
+        network: Network from `with_masks`, into which BatchFormer has been inserted already, if at all.
+        costs: Costs of the matching, those of the criterion.
 
     Example:
         >>> from batchformer.tasks.panoptic.model import build_network, with_masks
@@ -56,7 +56,7 @@ class MatchedQueries:
         ]
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
@@ -71,7 +71,7 @@ class MatchedQueries:
         self._boxes = output
 
     def _choose(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """Leave the attention maps of the matched queries; rows with fewer are filled up with their first query's."""
+        """Keep the attention maps of the matched queries; rows with fewer are filled up with their first query's."""
         if self._labels is None:
             return None
         assert self._logits is not None and self._boxes is not None
@@ -93,7 +93,7 @@ class MatchedQueries:
         return (args[0], chosen(args[1]), *args[2:]), named  # transformers 4.57: by position
 
     def _spread(self, module: nn.Module, args: Any, masks: Tensor) -> Tensor | None:
-        """Put the masks back to their queries: ``(N S, 1, h, w)`` to ``(N Q, 1, h, w)``."""
+        """Sort the masks ``(N S, 1, h, w)`` back to their queries, ``(N Q, 1, h, w)``."""
         if self._places is None:
             return None
         rows_P, slots_P, queries_P, (rows, queries) = self._places

@@ -1,4 +1,4 @@
-"""Panoptic quality as sums that add up over batches and processes, and the AP of things.
+"""Panoptic quality, in sums that add up over batches and processes, and the AP of things.
 
 Axis letters: K classes, T true segments of an image, S predicted ones; 0 along T and S is void.
 """
@@ -33,20 +33,20 @@ MEASURES = (
 
 
 class Matches(dict[str, Tensor]):
-    """Counts of each class in one image, ``(K,)``: ``iou`` (sum over the matched pairs), ``tp``, ``fp``, ``fn``."""
+    """Counts of each class in one image, ``(K,)`` each: ``iou`` (sum over matched pairs), ``tp``, ``fp``, ``fn``."""
 
 
 def segment_matches(predicted: PanopticMap, truth: PanopticMap, num_classes: int) -> Matches:
-    """Match the segments of one image: same class, and an intersection over union above one half.
+    """Match the segments of one image: those of one class whose intersection over union is above one half.
 
-    The union leaves out pixels of the predicted segment where the truth is void. Crowds are never matched and never
+    Pixels of a predicted segment where the truth is void do not belong to the union. Crowds are never matched and never
     missed. A predicted segment without a match is no error when more than half of it lies on void and on the crowd of
-    its class (of several such crowds the last one, as the reference evaluator counts).
+    its class (with several such crowds on the last one, as in the reference evaluator).
 
     Args:
-        predicted: Map of the file's size; every segment has pixels.
-        truth: The same size.
-        num_classes: K.
+        predicted: Predicted map of the file's size; every segment has pixels.
+        truth: True map of the same size.
+        num_classes: K, number of classes.
 
     Raises:
         ValueError: When the sizes differ, or a predicted segment has no pixel.
@@ -73,7 +73,7 @@ def segment_matches(predicted: PanopticMap, truth: PanopticMap, num_classes: int
     void_S, both_TS = pairs_TS[0, 1:], pairs_TS[1:, 1:]
     union_TS = area_S[None] + area_T[:, None] - both_TS - void_S[None]
     same_TS = truth.labels_S[:, None] == predicted.labels_S[None]
-    # In whole numbers; above one half a segment has one partner at most.
+    # In whole numbers. Above one half a segment has at most one partner.
     match_TS = same_TS & ~truth.iscrowd_S[:, None] & (2 * both_TS > union_TS)
     ignored_S = void_S + _on_crowd(both_TS, same_TS & truth.iscrowd_S[:, None])
     false_S = ~match_TS.any(0) & (2 * ignored_S <= area_S)
@@ -89,14 +89,14 @@ def segment_matches(predicted: PanopticMap, truth: PanopticMap, num_classes: int
 
 
 def _intersections(truth: PanopticMap, predicted: PanopticMap) -> Tensor:
-    """Pixels of every pair of segments, ``(T + 1, S + 1)`` with void first, in one pass over the image."""
+    """Count the pixels of every pair of segments, ``(T + 1, S + 1)`` with void first, in one pass over the image."""
     rows, columns = len(truth.labels_S) + 1, len(predicted.labels_S) + 1
     pairs = (truth.ids_HW * columns + predicted.ids_HW).flatten()
     return torch.bincount(pairs, minlength=rows * columns).view(rows, columns)
 
 
 def _on_crowd(both_TS: Tensor, crowd_TS: Tensor) -> Tensor:
-    """Pixels of each predicted segment on the last crowd of its class."""
+    """Count the pixels of each predicted segment on the last crowd of its class."""
     if len(both_TS) == 0:
         return both_TS.sum(0)
     last_S = (crowd_TS * torch.arange(1, len(both_TS) + 1, device=both_TS.device)[:, None]).amax(0)
@@ -109,11 +109,11 @@ class PanopticQuality(Metric):
 
     ``PQ = SQ * RQ`` in each class: ``SQ`` is the mean intersection over union of the matched pairs, ``RQ`` is
     ``tp / (tp + fp / 2 + fn / 2)``. The figures are means over the classes that occur in the truth or in the
-    predictions; of none, NaN.
+    predictions, and NaN where none does.
 
     Args:
-        is_thing: Of each class: countable, or stuff.
-        **kwargs: Passed to `torchmetrics.Metric`.
+        is_thing: For each class, by index, True for things and False for stuff.
+        **kwargs: Arguments of `torchmetrics.Metric`.
 
     Source:
         Kirillov et al., "Panoptic Segmentation", CVPR 2019, equation 2.
@@ -144,21 +144,21 @@ class PanopticQuality(Metric):
             self.add_state(name, torch.zeros(classes, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, predicted: Sequence[PanopticMap], truth: Sequence[PanopticMap]) -> None:
-        """Add images: predicted and true maps of the same size, pair by pair.
+        """Add images: predicted and true maps of equal sizes, pair by pair.
 
         Raises:
-            ValueError: From `segment_matches`.
+            ValueError: When the sizes differ, or a predicted segment has no pixel.
         """
         for guess, answer in zip(predicted, truth, strict=True):
             for name, counts_K in segment_matches(guess, answer, len(self.is_thing)).items():
                 setattr(self, name, getattr(self, name) + counts_K.to(self.tp.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """The figures as fractions of 1.
+        """Compute the figures, as fractions in 0..1.
 
         Returns:
             ``PQ``, ``SQ``, ``RQ``, each also with ``_things`` and ``_stuff``, and ``per_class``: PQ of each class
-            ``(K,)``, NaN of one that did not occur.
+            ``(K,)``, NaN for a class that does not occur.
         """
         errors_K = self.tp + (self.fp + self.fn).double() / 2
         met_K = errors_K > 0
@@ -174,7 +174,7 @@ class PanopticMetrics(Metric):
     """Metrics of a split: panoptic quality, and COCO's AP of the masks and boxes of things.
 
     Args:
-        is_thing: For each class, whether it is countable; False for stuff.
+        is_thing: For each class, by index, True for things and False for stuff.
 
     Example:
         >>> metrics = PanopticMetrics([True, False])
@@ -208,10 +208,11 @@ class PanopticMetrics(Metric):
         """Add images.
 
         Args:
-            boxes: For each image ``scores``, ``labels`` and ``boxes``, from
+            boxes: Detections of each image, with ``scores``, ``labels`` and ``boxes``, from
                 :func:`batchformer.tasks.set_prediction.postprocess.detections`; boxes of stuff are left out here.
-            true_boxes: For each image ``image_id``, ``labels``, ``boxes``, and where known ``area`` and ``iscrowd``.
-            maps: For each image its predicted map, its instances and its true map; empty for a detector alone.
+            true_boxes: Targets of each image: ``image_id``, ``labels``, ``boxes``, and where known ``area`` and
+                ``iscrowd``.
+            maps: Predicted map, instances and true map of each image; empty for a detector alone.
         """
         self.boxes.update([self._things(one) for one in boxes], [self._things(one) for one in true_boxes])
         if not maps:
@@ -232,8 +233,8 @@ class PanopticMetrics(Metric):
         """Compute the figures.
 
         Returns:
-            All of `PanopticQuality.compute`, and ``mask_AP``, ``mask_AP50``, ``box_AP``, ``box_AP50`` of things. What
-            no image was added for is left out.
+            All figures of `PanopticQuality.compute`, and ``mask_AP``, ``mask_AP50``, ``box_AP``, ``box_AP50`` of
+            things; without figures of maps where no image had one.
         """
         values = self.quality.compute() if self.masks.ids else {}
         for kind, metric in (("mask", self.masks), ("box", self.boxes)):

@@ -1,4 +1,4 @@
-"""The two networks: a detector of transformers, and the same with a mask head; both as they are, nothing edited."""
+"""Networks of both stages: an unedited detector of transformers, and the same detector with a mask head."""
 
 import copy
 import warnings
@@ -63,13 +63,14 @@ def build_detector(settings: NetworkSettings, num_classes: int) -> Any:
 
 
 def with_masks(detector: Any) -> Any:
-    """A ``DetrForSegmentation``, or its conditional sibling, around a trained detector, which is frozen.
+    """Put a new mask head on a trained detector, which is frozen.
 
-    Only the mask head is new, and trains. The detector stays in training mode, dropout and batch attention included, as
-    published. It becomes a part of the network, under the name that `detector_inside` says.
+    Only the mask head trains. The detector stays in training mode, with dropout and batch attention, as published. It
+    becomes a part of the network, a ``DetrForSegmentation`` or its conditional sibling, under the name that
+    `detector_inside` returns.
 
     Args:
-        detector: From `build_network`, without BatchFormer.
+        detector: Detector from `build_network`, without BatchFormer.
 
     Returns:
         The network, in training mode: ``logits``, ``pred_boxes (B, Q, 4)``, and ``pred_masks (B, Q, h, w)`` at the
@@ -94,26 +95,26 @@ def with_masks(detector: Any) -> Any:
         if isinstance(module, Backbone):
             module.trains = "nothing"
     name = type(detector).__name__.removesuffix("ForObjectDetection")
-    # A configuration of its own: the caller's detector can still be trained with the loss of all layers.
+    # A copy of the configuration, so that the caller's detector can still be trained with the loss of all layers.
     network = getattr(transformers, f"{name}ForSegmentation")(copy.deepcopy(detector.config))
     setattr(network, detector_inside(network), detector.requires_grad_(False))
     if name == "ConditionalDetr":
         _ReferencePoints(detector)
-    # The loss is on the last layer alone: the frozen detector has nothing to learn.
+    # The loss is on the last layer alone, since the frozen detector has nothing to learn.
     network.config.auxiliary_loss = False
     return network.train()
 
 
 def detector_inside(network: Any) -> str:
-    """The name of the detector inside a network with a mask head: ``detr`` or ``conditional_detr``."""
+    """Return the name of the detector inside a network with a mask head: ``detr`` or ``conditional_detr``."""
     return str(network.config.model_type)
 
 
 class _ReferencePoints:
-    """Adds the reference points to the boxes, which ``ConditionalDetrForSegmentation`` of transformers (4.57 to 5.24)
-    leaves out: without them its boxes are not those that the detector learned, and the masks cannot be matched.
+    """Hooks that add the reference points to the boxes inside a network with a mask head.
 
-    Works inside a network with a mask head, which calls the box head by itself; not for the detector alone.
+    ``ConditionalDetrForSegmentation`` of transformers (4.57 to 5.24) leaves them out; without them its boxes are not
+    those that the detector learned, and the masks cannot be matched. The hooks are not for a detector alone.
     """
 
     def __init__(self, detector: nn.Module) -> None:
@@ -122,11 +123,11 @@ class _ReferencePoints:
         detector.get_submodule("bbox_predictor").register_forward_hook(self.add)
 
     def keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook of the decoder."""
+        """Keep the reference points; a forward hook of the decoder."""
         self.points_NQ2 = output.reference_points.transpose(0, 1).logit(eps=1e-5)
 
     def add(self, module: nn.Module, args: Any, boxes_NQ4: Tensor) -> Tensor:
-        """Forward hook of the box head, before its sigmoid."""
+        """Add the reference points; a forward hook of the box head, before the sigmoid."""
         assert self.points_NQ2 is not None
         centers, sides = boxes_NQ4.split(2, dim=-1)
         return torch.cat((centers + self.points_NQ2, sides), dim=-1)

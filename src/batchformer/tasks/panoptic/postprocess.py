@@ -1,4 +1,4 @@
-"""From the queries of a detector with masks to panoptic maps and to instances; pure functions.
+"""Postprocessing of a detector's queries and masks into panoptic maps and instances, as pure functions.
 
 Axis letters: Q queries, K classes, h, w of the mask head, H, W pixels, S segments.
 """
@@ -18,12 +18,12 @@ __all__ = ["Frame", "Instances", "batch_maps", "instances", "masks_at", "panopti
 
 
 class Frame(NamedTuple):
-    """How an image lies in its batch; each (height, width) in pixels.
+    """Sizes of an image in its batch, each (height, width) in pixels.
 
     Attributes:
-        padded: Of the batch.
-        resized: Of the image inside it, at the top left.
-        original: Of the image file.
+        padded: Size of the batch.
+        resized: Size of the image inside it, at the top left.
+        original: Size of the image file.
     """
 
     padded: tuple[int, int]
@@ -32,21 +32,21 @@ class Frame(NamedTuple):
 
     @classmethod
     def of(cls, batch: Mapping[str, Any], row: int) -> "Frame":
-        """Read it off a batch: ``pixel_mask`` (B, H, W), and ``size`` and ``orig_size`` of the labels."""
+        """Read the sizes of an image off ``pixel_mask`` (B, H, W), and ``size`` and ``orig_size`` of the labels."""
         label, (height, width) = batch["labels"][row], batch["pixel_mask"].shape[-2:]
         (resized, original) = (tuple(int(x) for x in label[name]) for name in ("size", "orig_size"))
         return cls((height, width), (resized[0], resized[1]), (original[0], original[1]))
 
 
 def masks_at(masks_Qhw: Tensor, frame: Frame) -> Tensor:
-    """Mask logits at the image's own size: the padding is cut off, the rest interpolated.
+    """Bring mask logits to the image's own size: the padding is cut off, the rest is interpolated.
 
     Args:
-        masks_Qhw: Of the padded batch, as the mask head gives them.
-        frame: Of the image.
+        masks_Qhw: Mask logits of the padded batch, as the mask head gives them.
+        frame: Sizes of the image.
 
     Returns:
-        ``(Q, H, W)`` logits, float32, H and W of the file.
+        Logits ``(Q, H, W)``, float32, H and W of the file.
 
     Example:
         >>> masks_at(torch.zeros(3, 8, 8), Frame((32, 32), (32, 20), (64, 40))).shape
@@ -71,7 +71,7 @@ def panoptic_map(
     threshold: float = 0.85,
     smallest: int = 4,
 ) -> PanopticMap:
-    """The panoptic map of one image.
+    """Make the panoptic map of one image.
 
     Queries whose best class is no-object, or whose confidence is not above ``threshold``, are left out. Each pixel goes
     to the query with the largest mask logit there; queries of the same stuff class become one segment. Segments of
@@ -79,16 +79,16 @@ def panoptic_map(
     small.
 
     Args:
-        logits_QK: With "softmax" ``(Q, K + 1)``, no-object last; with "focal" ``(Q, K)``.
+        logits_QK: Class logits: with "softmax" ``(Q, K + 1)``, no-object last; with "focal" ``(Q, K)``.
         masks_Qhw: Mask logits of the padded batch.
-        frame: Where the image lies in it.
-        is_thing_K: ``(K,)`` bool: countable class, or stuff.
-        kind: How scores follow from logits: DETR's softmax, or Conditional DETR's sigmoid of each class.
-        threshold: Least confidence, in [0, 1].
-        smallest: Pixels.
+        frame: Sizes of the image.
+        is_thing_K: For each class ``(K,)`` bool: True for things, False for stuff.
+        kind: Rule by which logits become scores: DETR's softmax, or Conditional DETR's sigmoid of each class.
+        threshold: Least confidence of a query, in 0..1.
+        smallest: Number of pixels up to which a segment is dropped.
 
     Returns:
-        Without a confident query a map of void.
+        The map; without a confident query all of it is void.
 
     Source:
         Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, appendix A.6. Its code gives up a
@@ -103,7 +103,7 @@ def panoptic_map(
     """
     scores_Q, labels_Q = (logits_QK.float().softmax(-1) if kind == "softmax" else logits_QK.float().sigmoid()).max(-1)
     keep_Q = (labels_Q < len(is_thing_K)) & (scores_Q > threshold)
-    # The most confident first: it names a segment of merged stuff.
+    # The most confident query comes first, and gives a segment of merged stuff its score.
     order = scores_Q.argsort(descending=True, stable=True)
     order = order[keep_Q[order]]
     scores_Q, labels_Q = scores_Q[order], labels_Q[order]
@@ -130,14 +130,14 @@ def panoptic_map(
 
 
 def _merge_stuff(labels_Q: Tensor, is_thing_K: Tensor) -> Tensor:
-    """For each query the first one that it is a segment with: itself, or the first of its stuff class."""
+    """Return, for each query, the first query of its segment: itself, or the first of its stuff class."""
     itself = torch.arange(len(labels_Q), device=labels_Q.device)
     same_QQ = (labels_Q[:, None] == labels_Q[None]) & ~is_thing_K.to(labels_Q.device)[labels_Q][:, None]
     return torch.where(same_QQ.any(1), same_QQ.int().argmax(1), itself)
 
 
 def _renumbered(ids_HW: Tensor, labels_Q: Tensor, scores_Q: Tensor) -> PanopticMap:
-    """Segments that have pixels, numbered 1..S in the order of their queries."""
+    """Number the segments that have pixels 1..S, in the order of their queries."""
     there_Q = torch.bincount(ids_HW.flatten(), minlength=len(labels_Q) + 1)[1:] > 0
     numbers = torch.cat((there_Q.new_zeros(1, dtype=torch.long), there_Q.cumsum(0)))
     labels_S = labels_Q[there_Q]
@@ -148,9 +148,9 @@ class Instances(NamedTuple):
     """Things found in one image, in the order of their queries.
 
     Attributes:
-        masks_SHW: At the size of the file, bool.
-        scores_S: Of the class.
-        labels_S: Class index.
+        masks_SHW: Masks at the size of the file, bool.
+        scores_S: Score of each instance, in 0..1.
+        labels_S: Class index of each instance.
     """
 
     masks_SHW: Tensor
@@ -161,14 +161,14 @@ class Instances(NamedTuple):
 def instances(
     logits_QK: Tensor, masks_Qhw: Tensor, frame: Frame, is_thing_K: Tensor, *, kind: Kind = "softmax"
 ) -> Instances:
-    """The instances of one image for mask AP: every query whose best class is a thing, with its mask above one half.
+    """Find the instances of one image for mask AP: every query whose best class is a thing, with its mask above 1/2.
 
     Args:
-        logits_QK: As in `panoptic_map`; no-object takes part in the softmax and is never chosen.
+        logits_QK: Class logits as in `panoptic_map`; no-object takes part in the softmax and is never chosen.
         masks_Qhw: Mask logits of the padded batch.
-        frame: Where the image lies in it.
-        is_thing_K: ``(K,)`` bool.
-        kind: How scores follow from logits.
+        frame: Sizes of the image.
+        is_thing_K: For each class ``(K,)`` bool: True for things, False for stuff.
+        kind: Rule by which logits become scores.
 
     Example:
         >>> found = instances(torch.eye(3), torch.ones(3, 2, 2), Frame((4, 4), (4, 4), (4, 4)), torch.ones(2) > 0)
@@ -189,7 +189,7 @@ def batch_maps(
     Args:
         output: Output of the network, with ``logits`` (B, Q, K) and ``pred_masks`` (B, Q, h, w).
         batch: Batch of B images; see :meth:`Frame.of`.
-        is_thing_K: ``(K,)`` bool: True for countable classes, False for stuff.
+        is_thing_K: For each class ``(K,)`` bool: True for things, False for stuff.
         kind: Rule by which logits become scores.
         **settings: ``threshold`` and ``smallest`` of :func:`panoptic_map`.
     """

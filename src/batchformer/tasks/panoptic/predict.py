@@ -34,10 +34,11 @@ def predict(
     Args:
         run: Run folder.
         images: Image files.
-        out: Folder; gets ``<image>.png``: the image beside its map; ``panoptic/<image>.png`` and ``panoptic.json``:
-            COCO's format of panoptic results (ids as ``R + 256 G + 65536 B``), which panopticapi reads.
-        threshold: Least confidence of a segment, in 0..1; the run's own by default.
-        beside: Run folders whose maps are drawn beside it, such as the other arm's.
+        out: Folder; gets ``<image>.png``, the image and its map in a row; and ``panoptic/<image>.png`` and
+            ``panoptic.json``, COCO's format of panoptic results (ids as ``R + 256 G + 65536 B``), which panopticapi
+            reads.
+        threshold: Least confidence of a segment, in 0..1; ``None``: the run's own.
+        beside: Run folders whose maps are drawn in the same row, such as that of the other arm.
 
     Returns:
         The files written.
@@ -110,5 +111,5 @@ def _with_masks(run: Path) -> Restored:
 
 
 def _title(run: Path) -> str:
-    """``plain/seed0`` for runs of a comparison, else the folder's name."""
+    """Return ``plain/seed0`` for runs of a comparison, else the folder's name."""
     return f"{run.parent.name}/{run.name}" if run.name.startswith("seed") else run.name

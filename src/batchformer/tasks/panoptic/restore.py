@@ -22,7 +22,7 @@ class PanopticFacts(CocoFacts):
     """Facts about panoptic data.
 
     Attributes:
-        is_thing: Whether each class is countable, by class index; False for stuff.
+        is_thing: For each class, by index, True for things and False for stuff.
     """
 
     is_thing: list[bool]

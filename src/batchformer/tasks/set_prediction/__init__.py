@@ -1,1 +1,1 @@
-"""What detection and panoptic segmentation share: matching of predictions to targets and its loss."""
+"""Room of detection and panoptic segmentation: detectors, matching, loss, average precision, data in COCO's format."""

@@ -1,4 +1,4 @@
-"""COCO's average precision of boxes or masks, and the boxes that each detector is scored by.
+"""COCO's average precision of boxes or masks.
 
 Axis letters: B images, Q queries, K classes, D detections, T targets, H, W pixels.
 """
@@ -22,18 +22,18 @@ AP_NAMES = {
     "APM": "map_medium",
     "APL": "map_large",
 }
-"""The papers' names of COCO's numbers, and torchmetrics'."""
+"""Names of COCO's figures in papers -> names in torchmetrics."""
 
 
 class AveragePrecision(Metric):
     """COCO's AP over all images of all processes, computed by torchmetrics on a fast backend.
 
-    An image is counted once, by its id, however often a process was given it. Values are fractions of 1; a size or a
-    class without a target is NaN. Masks are kept run-length encoded.
+    An image is counted once, by its id, however often processes add it. Values are fractions in 0..1; the value of a
+    size or a class without a target is NaN. Masks are kept run-length encoded.
 
     Args:
-        num_classes: K.
-        iou: Whether ``boxes`` or ``masks`` are compared.
+        num_classes: K, number of classes.
+        iou: Objects whose intersection over union is taken, ``boxes`` or ``masks``.
 
     Raises:
         ImportError: When torchmetrics' backend is missing.
@@ -72,9 +72,10 @@ class AveragePrecision(Metric):
         """Add images.
 
         Args:
-            found: What :func:`detections` returns; with masks ``masks`` (D, H, W) bool in place of ``boxes``.
-            truths: For each image ``image_id``, ``boxes`` (T, 4) x1, y1, x2, y2 in pixels or ``masks`` (T, H, W) bool,
-                ``labels`` (T,), and where it is known ``area`` and ``iscrowd`` (T,).
+            found: Detections of each image, from :func:`.postprocess.detections`; with ``iou="masks"`` they have
+                ``masks`` (D, H, W) bool instead of ``boxes``.
+            truths: Targets of each image: ``image_id``; ``boxes`` (T, 4), x1, y1, x2, y2 in pixels, or ``masks``
+                (T, H, W) bool; ``labels`` (T,); and where they are known ``area`` and ``iscrowd`` (T,).
         """
         for one, truth in zip(found, truths, strict=True):
             number = int(truth["image_id"])
@@ -84,7 +85,7 @@ class AveragePrecision(Metric):
                 self._metric[0].update([{name: value.cpu() for name, value in one.items()}], [rest])
 
     def compute(self) -> dict[str, Tensor]:
-        """AP of all kinds.
+        """Compute AP over all thresholds, at two of them, by size and by class.
 
         Returns:
             Scalars under "AP", "AP50", "AP75", "APS", "APM", "APL", and (K,) under "per_class".
@@ -98,7 +99,7 @@ class AveragePrecision(Metric):
         return {**result, "per_class": per_class}
 
     def _of_all_processes(self) -> Any:
-        """A metric of every image once, in the order of their ids."""
+        """Return a metric that holds every image once, in the order of their ids."""
         # Not torchmetrics' own gathering: with lists of unequal length on the ranks it waits for ever.
         parts: list[Any] = [(list(self.ids), self._metric[0].metric_state)]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -107,7 +108,7 @@ class AveragePrecision(Metric):
         places = {number: (part, index) for part, (ids, _) in enumerate(parts) for index, number in enumerate(ids)}
         whole = _average_precision(self.iou)
         for name in whole.metric_state:
-            # Of boxes and masks, one list is empty.
+            # Either the list of boxes or the list of masks is empty.
             kept = [parts[part][1][name][index] for _, (part, index) in sorted(places.items()) if parts[part][1][name]]
             setattr(whole, name, kept)
         whole._update_count = 1
@@ -116,7 +117,7 @@ class AveragePrecision(Metric):
         return whole
 
     def _add_a_miss(self, whole: Any) -> None:
-        """Where nothing was found at all the evaluator measures nothing; a false detection changes no AP but that."""
+        """Add a false detection: without any detection the evaluator measures nothing, and this one changes no AP."""
         wanted = [labels for labels in whole.groundtruth_labels if len(labels)]
         if wanted:
             empty = {"masks": torch.zeros(1, 8, 8, dtype=torch.bool), "boxes": torch.zeros(1, 4)}[self.iou]
@@ -139,11 +140,11 @@ def _average_precision(iou: Literal["boxes", "masks"]) -> Any:
         )
     except (ImportError, ModuleNotFoundError) as error:
         raise ImportError("COCO's AP needs faster-coco-eval: pip install 'batchformer[detection]'") from error
-    metric.warn_on_many_detections = False  # COCO counts the best hundred, and that is meant
+    metric.warn_on_many_detections = False  # COCO counts the best hundred on purpose
     return metric
 
 
 def _nan_for_absent(values: Tensor) -> Tensor:
-    """COCO says -1 where there was nothing to measure."""
+    """Replace COCO's -1, which stands where there was nothing to measure, by NaN."""
     values = values.float()
     return torch.where(values < 0, torch.full_like(values, torch.nan), values)

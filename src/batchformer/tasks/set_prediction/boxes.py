@@ -1,4 +1,4 @@
-"""Boxes (..., 4): centre format cx, cy, w, h as predicted, corner format x1, y1, x2, y2 for areas."""
+"""Boxes (..., 4) in two formats: centers (cx, cy, w, h), as detectors predict, and corners (x1, y1, x2, y2)."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,10 @@ __all__ = ["giou", "to_centers", "to_corners"]
 
 
 def to_corners(boxes: Tensor) -> Tensor:
-    """From (cx, cy, w, h) to (x1, y1, x2, y2).
+    """Convert centers and sides (cx, cy, w, h) to corners (x1, y1, x2, y2).
 
     Args:
-        boxes: (..., 4), any unit. A negative side gives an inverted box, x2 < x1.
+        boxes: Boxes (..., 4) in any unit. A negative side gives an inverted box, x2 < x1.
 
     Example:
         >>> to_corners(torch.tensor([0.5, 0.5, 0.2, 0.4])).tolist() == torch.tensor([0.4, 0.3, 0.6, 0.7]).tolist()
@@ -21,10 +21,10 @@ def to_corners(boxes: Tensor) -> Tensor:
 
 
 def to_centers(boxes: Tensor) -> Tensor:
-    """From (x1, y1, x2, y2) to (cx, cy, w, h).
+    """Convert corners (x1, y1, x2, y2) to centers and sides (cx, cy, w, h).
 
     Args:
-        boxes: (..., 4), any unit.
+        boxes: Boxes (..., 4) in any unit.
 
     Example:
         >>> to_centers(torch.tensor([0.0, 0.0, 1.0, 0.5])).tolist()
@@ -35,18 +35,19 @@ def to_centers(boxes: Tensor) -> Tensor:
 
 
 def giou(first: Tensor, second: Tensor) -> Tensor:
-    """Generalised IoU of boxes in corner format, element by element; every pair with ``giou(a[:, None], b)``.
+    """Compute the generalised IoU of boxes in corner format, element by element.
 
-    ``torchvision.ops.generalized_box_iou`` gives the same numbers, but every pair of two lists only, and NaN for boxes
-    without area. Here 0/0 counts as 0: of two boxes without area the IoU is 0, and two that are the same point or lie
-    on one line have GIoU 0. An inverted box (x2 < x1) has no area. Gradients are finite in all these cases.
+    ``giou(a[:, None], b)`` gives every pair. ``torchvision.ops.generalized_box_iou`` gives the same numbers, but only
+    for every pair of two lists, and NaN for boxes without area. Here 0/0 counts as 0: two boxes without area have IoU
+    0, and two that are the same point or lie on one line have GIoU 0. An inverted box (x2 < x1) has no area. Gradients
+    are finite in all these cases.
 
     Args:
-        first: (..., 4), any unit.
-        second: (..., 4), broadcast against ``first``.
+        first: Boxes (..., 4) in any unit.
+        second: Boxes (..., 4) in the same unit, broadcast against ``first``.
 
     Returns:
-        (...), in -1..1.
+        Generalised IoU (...), in -1..1.
 
     Source:
         Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019, algorithm 1.
@@ -69,5 +70,5 @@ def giou(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _or_one(area: Tensor) -> Tensor:
-    """A divisor that is never 0; what is divided by it is 0 there. Smaller areas have gradients beyond fp32."""
+    """Return a divisor that is never 0, for numerators that are 0 there. Smaller areas have gradients beyond fp32."""
     return torch.where(area < 1e-30, 1.0, area)

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of detectors, whatever the version of transformers calls it."""
+"""Gradient checkpointing of detectors in all versions of transformers."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ __all__ = ["checkpoint_gradients"]
 
 
 def checkpoint_gradients(network: Any) -> None:
-    """Compute activations anew in the backward pass: less memory, more time, the same numbers.
+    """Have the backward pass compute activations again: less memory, more time, the same numbers.
 
     Args:
-        network: A ``PreTrainedModel``; changed in place.
+        network: ``PreTrainedModel``, changed in place.
 
     Raises:
-        ValueError: When this version of transformers has none for it.
+        ValueError: When this version of transformers has no gradient checkpointing for it.
 
     Example:
         >>> from transformers import ViTConfig, ViTModel

@@ -1,4 +1,4 @@
-"""Data of detection and panoptic segmentation: a COCO folder read, counted, and served as batches, or as cached maps.
+"""Data of detection and panoptic segmentation: a folder in COCO's format as batches of images, or of cached maps.
 
 Everything is a function of the data and the seeds in the arguments. Axes: M images, K classes, C channels.
 """
@@ -25,37 +25,41 @@ __all__ = ["CocoData"]
 
 
 class CocoData(TaskData):
-    """Batches in transformers' convention, from a COCO folder or the scenes that are fetched.
+    """Batches with labels as transformers has them, from a folder in COCO's format or from the scenes that are fetched.
 
-    ``pad_to``: heights and widths of batches are multiples of it, ``size`` with cached features, else 1. After
-    ``setup()``: ``categories``, ``counts`` (training boxes of each class, (K,)), ``test_splits``.
-
-    Splits are ``train``, ``val`` (or ``valid``) and ``test``; without ``val``, validation is on ``test``, and without
-    ``test`` (COCO, whose test boxes are not public) the test is on ``val``, so select nothing by it. A split ``unseen``
-    is tested too, apart.
+    Splits are ``train``, ``val`` (or ``valid``) and ``test``. Without ``val`` validation is on ``test``; without
+    ``test`` (as on COCO, whose test boxes are not public) the test is on ``val``, so that nothing should be selected by
+    it. A split ``unseen`` is tested as well, separately.
 
     Args:
         dataset: ``coco`` and ``folder`` are read from ``root``; ``scenes`` are fetched and written on first use.
-        root: The COCO folder; for ``scenes`` the data root, ``None``: ``BATCHFORMER_DATA``, else
-            ``~/.cache/batchformer``.
-        size: Short side of an image in pixels; with cached features the long side, so that all maps are of one size.
-        max_size: Most pixels of the long side; ``None``: DETR's 1333 for 800, in proportion.
-        augment: ``detr``: mirror images, scales from 0.6 to 1 times ``size``, and cuts. ``flip``: mirror images alone.
-            ``nothing``.
-        cache_features: Compute the maps of a frozen backbone once for every image and its mirror image, and train on
-            them; ``augment`` must then be ``flip`` or ``nothing``.
-        train_images: So many training images, chosen by ``subset_seed``; ``None`` takes all.
-        subset_seed: See ``train_images``.
-        policy: ``strict``: boxes outside their image or without area are errors and not counted and mended.
-        seed: Seed of order and augmentation. Change it per run.
-        batch_size: Training images per batch and process.
-        eval_batch_size: The same for evaluation.
-        num_workers: Worker processes for image files; ``None`` means one per core, at most 8.
-        drop_last: Leave out training images that fill no batch; ``None`` means only if there is a full batch.
+        root: Folder of the data; for ``scenes`` the data root, where ``None`` stands for the environment variable
+            ``BATCHFORMER_DATA``, else ``~/.cache/batchformer``.
+        size: Short side of an image in pixels; with cached features the long side, so that all maps have one size.
+        max_size: Largest long side in pixels; ``None``: DETR's 1333 for 800, in proportion.
+        augment: Augmentation of training images. ``detr``: mirror images, scales from 0.6 to 1 times ``size``, and
+            cuts. ``flip``: mirror images alone. ``nothing``: none.
+        cache_features: Whether the maps of a frozen backbone are computed once for every image and its mirror image,
+            and read in training; ``augment`` must then be ``flip`` or ``nothing``.
+        train_images: Number of training images, chosen by ``subset_seed``; ``None`` takes all.
+        subset_seed: Seed of the choice of ``train_images``.
+        policy: Handling of boxes outside their image or without area: ``tolerant`` counts and mends them, ``strict``
+            raises an error.
+        seed: Seed of order and augmentation, one for each run.
+        batch_size: Training images of a batch, for each process.
+        eval_batch_size: Images of a batch in validation and test, for each process.
+        num_workers: Worker processes that read files; ``None`` means one for each core, at most 8.
+        drop_last: Whether training images that fill no batch are left out; ``None`` means only if there is a full
+            batch.
+
+    Attributes:
+        pad_to: Number that heights and widths of batches are multiples of: ``size`` with cached features, else 1.
+        categories: Categories of the annotation files, after ``setup()``.
+        counts: Training boxes of each class, (K,), after ``setup()``.
 
     Raises:
-        DataError: From ``setup()``, when the data cannot be used; all problems of one kind in one message.
-        DataNotFoundError: From ``setup()``, when it is not there; says where it looked and what to do.
+        DataError: From ``setup()``, when the data cannot be used; one message has all problems of one kind.
+        DataNotFoundError: From ``setup()``, when the data is not there; says where it looked and what to do.
     """
 
     kind: ClassVar[coco.Kind] = "instances"
@@ -128,12 +132,14 @@ class CocoData(TaskData):
                 theirs, ours = ([f"{c.id} {c.name}" for c in s.categories][:5] for s in (split, splits["train"]))
                 raise DataError(
                     f"Expected the same categories in all splits of {root}, but those of {split.name!r} are {theirs} "
-                    f"and those of 'train' {ours}."
+                    f"and those of 'train' {ours}. Give all annotation files the same list of categories."
                 )
         splits["train"] = self._cut(splits["train"])
         self.counts = splits["train"].counts()
         if not int(self.counts.sum()):
-            raise DataError(f"Expected boxes in the training images of {root}, got none.")
+            raise DataError(
+                f"Expected boxes in the training images of {root}, got none. See its annotation file of train."
+            )
         self.test_splits = ["test", *(["unseen"] if "unseen" in splits else [])]
         self._splits = splits
 
@@ -142,8 +148,9 @@ class CocoData(TaskData):
             return fetch.get("scenes", self.root)
         if self.root is None:
             raise DataError(
-                f"Expected the folder of the data: --data.root=PATH, with annotations/{self.kind}_train.json and "
-                "train/ (and val, test; with or without the year, as COCO is published)."
+                "Expected the folder of the data, got none. Give --data.root=PATH, with "
+                f"annotations/{self.kind}_train.json and train/, and the same of val or test, with or without the year "
+                "that COCO's names have."
             )
         return Path(self.root).expanduser()
 
@@ -151,7 +158,7 @@ class CocoData(TaskData):
         if self.train_images is None:
             return train
         if not 1 <= self.train_images <= len(train):
-            raise DataError(f"Expected train_images in 1..{len(train)}, got {self.train_images}.")
+            raise DataError(f"Expected data.train_images in 1..{len(train)}, got {self.train_images}.")
         chosen = torch.randperm(len(train), generator=generator(self.subset_seed))[: self.train_images].sort().values
         return replace(
             train,
@@ -171,7 +178,7 @@ class CocoData(TaskData):
 
     @property
     def is_thing(self) -> list[bool]:
-        """Whether each class is countable, by class index; False for stuff."""
+        """Kind of each class, by class index: True for countable things, False for stuff."""
         return [bool(category.isthing) for category in self.categories]
 
     def notes(self) -> list[str]:
@@ -185,7 +192,7 @@ class CocoData(TaskData):
     # ---------------------------------------------------------------- cached features
 
     def prepare_features(self, backbone: Backbone, stage: str) -> None:
-        """Have the maps of a frozen backbone at hand for a stage (``fit``, ``validate``, ``test``), if asked for.
+        """Compute the maps of a frozen backbone that ``fit``, ``validate`` or ``test`` needs, if they are cached.
 
         Raises:
             ValueError: When the backbone trains.
@@ -238,11 +245,11 @@ class CocoData(TaskData):
         return KeyedLoader(self._dataset(part, transform), sampler, collate, num_workers=self.workers())
 
     def _dataset(self, part: str, transform: Transform) -> Any:
-        """Items of a split, read from files; a task that needs more in its labels adds it here."""
+        """Return the items of a split, read from files; a task that needs more in its labels overrides this."""
         return CocoDetection(self._splits[part], transform, crowds=part != "train", seed=self.seed)
 
     def _cached_labels(self, part: str) -> Sequence[dict[str, Any]] | None:
-        """The labels beside cached maps; ``None`` for those of boxes."""
+        """Return the labels that go with cached maps; ``None`` for those of boxes."""
         return None
 
     def _augmentation(self) -> Transform:
@@ -258,5 +265,5 @@ class CocoData(TaskData):
         )
 
     def _scaled(self, *published: int) -> list[int]:
-        """DETR's sizes, which are for a short side of 800 pixels, for ours."""
+        """Scale DETR's sizes, which are for a short side of 800 pixels, to this one."""
         return [round(pixels * self.size / 800) for pixels in published]

@@ -3,8 +3,9 @@
 Axis letters as in matching.py: L decoder layers, N rows, Q queries (of a two-stage encoder: its tokens), K classes, M
 targets, P pairs, H and W pixels.
 
-Losses are sums over pairs divided by the number of targets of all rows (over the ranks' mean). With two streams the
-targets are doubled: this is the mean of both streams' losses, and a run with BatchFormer has a plain run's scale.
+Losses are sums over pairs, divided by the number of targets of all rows (with several processes, by the mean number of
+a process). With two streams the targets are doubled, so that this is the mean of both streams' losses, and a run with
+BatchFormer has the scale of a plain run.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,15 +27,15 @@ _WEIGHT_OF = {"loss_ce": "class_", "loss_bbox": "l1", "loss_giou": "giou", "loss
 
 @dataclass(frozen=True)
 class SetOutputs:
-    """What a detector predicts for N rows.
+    """Predictions of a detector for N rows.
 
     Attributes:
         logits_LNQK: Class logits of each decoder layer, the final one last; the last class of the "softmax" kind is "no
             object".
-        boxes_LNQ4: Centre format, in shares of the image, 0..1.
+        boxes_LNQ4: Boxes as centers and sides, in shares of the image, 0..1.
         masks_NQHW: Mask logits of the final layer.
         encoder_logits_NQK: Class logits of the encoder's proposals (two-stage Deformable DETR).
-        encoder_boxes_NQ4: Their boxes.
+        encoder_boxes_NQ4: Boxes of the encoder's proposals.
     """
 
     logits_LNQK: Tensor
@@ -46,14 +47,15 @@ class SetOutputs:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of the terms in the total; every layer has the same.
+    """Weights of the terms in the total, alike in all layers; each at least 0.
 
     Attributes:
-        class_: Published: 1 with "softmax", 2 with "focal". transformers' own loss takes 1 in both.
-        l1: Of the L1 distance of boxes.
-        giou: Of 1 - GIoU.
-        mask: Of the masks' focal loss.
-        dice: Of their dice loss.
+        class_: Weight of the class term; published are 1 with "softmax" and 2 with "focal". The loss of transformers
+            takes 1 in both.
+        l1: Weight of the L1 distance of boxes.
+        giou: Weight of 1 - GIoU.
+        mask: Weight of the focal loss of the masks.
+        dice: Weight of the dice loss of the masks.
     """
 
     class_: float = 1.0
@@ -68,20 +70,20 @@ class SetCriterion:
     """The loss of DETR ("softmax") and of Conditional DETR, Deformable DETR and SMCA ("focal").
 
     Attributes:
-        num_classes: Classes, without "no object".
-        kind: See :class:`MatchCosts`.
-        weights: Of the terms.
-        costs: Of the matching; the published ones of the kind where it is ``None``.
+        num_classes: K, number of classes without "no object".
+        kind: Rule by which logits become scores; see :class:`MatchCosts`.
+        weights: Weights of the terms.
+        costs: Costs of the matching; ``None`` means the published ones of the kind.
         eos: Weight of "no object" in the cross-entropy ("softmax").
-        alpha: Weight of a hit in the focal loss ("focal").
-        gamma: Exponent of the focal loss.
+        alpha: Weight of a hit in the focal loss ("focal"), in 0..1.
+        gamma: Exponent of the focal loss, at least 0.
         cardinality: Whether to compute ``cardinality_error``, which is for the log only.
-        two_streams: Whether the rows are [plain; mixed], or what tells (``lambda: handle.doubles``); asked for only
-            with stream weights that differ.
-        stream_weights: Of the plain and the mixed stream, not negative, not both zero.
+        two_streams: Whether the rows are [plain; mixed], or a function that tells (``lambda: handle.doubles``); it
+            matters only with stream weights that differ.
+        stream_weights: Weights of the plain and of the mixed stream, at least 0, not both 0.
 
     Raises:
-        ValueError: For other stream weights, or different ones and nothing said of two streams.
+        ValueError: For other stream weights, or for different ones without ``two_streams``.
 
     Source:
         Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, section 3.1; Zhu et al., "Deformable
@@ -119,22 +121,22 @@ class SetCriterion:
 
     @property
     def match_costs(self) -> MatchCosts:
-        """The costs of the matching, the published ones unless given."""
+        """Costs of the matching: those that were given, or the published ones."""
         return self.costs or MatchCosts(self.kind, class_=2.0 if self.kind == "focal" else 1.0)
 
     def __call__(self, outputs: SetOutputs, targets: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """The loss and its terms.
+        """Compute the loss and its terms.
 
         Args:
-            outputs: Of N rows; half precision is taken to fp32.
-            targets: For each row ``class_labels`` (T,) int, ``boxes`` (T, 4) in centre format in shares of the image,
-                and, if masks are predicted, ``masks`` (T, H, W): each padded, or of the image's own size as long as the
-                largest is as large as the padded batch.
+            outputs: Predictions for N rows; half precision is converted to fp32.
+            targets: Targets of each row: ``class_labels`` (T,) int; ``boxes`` (T, 4), centers and sides in shares of
+                the image; and, if masks are predicted, ``masks`` (T, H, W), each padded, or of the image's own size as
+                long as the largest is as large as the padded batch.
 
         Returns:
-            ``loss``, the weighted sum, and without their weights ``loss_ce``, ``loss_bbox``, ``loss_giou``,
-            ``cardinality_error`` of the final layer, the same with ``_0``, ``_1``, ... of the earlier ones and with
-            ``_enc`` of the encoder, ``loss_mask`` and ``loss_dice``: transformers' names.
+            ``loss``, the weighted sum, and the terms without their weights under transformers' names: ``loss_ce``,
+            ``loss_bbox``, ``loss_giou`` and ``cardinality_error`` of the final layer, those of earlier layers with
+            ``_0``, ``_1``, ... and those of the encoder with ``_enc``; ``loss_mask`` and ``loss_dice``.
 
         Raises:
             FloatingPointError: For predictions that are not finite.
@@ -194,20 +196,23 @@ class SetCriterion:
         return stages
 
     def _row_weights(self, logits_LNQK: Tensor) -> Tensor | None:
-        """Weights whose mean over the rows is 1, or ``None`` where all rows weigh the same."""
+        """Return weights whose mean over the rows is 1, or ``None`` where all rows weigh the same."""
         plain, mixed = self.stream_weights
         rows = logits_LNQK.shape[1]
         if plain == mixed or not (self.two_streams() if callable(self.two_streams) else self.two_streams):
             return None
         if rows % 2:
-            raise ValueError(f"Expected two rows for each image, [plain; mixed], got {rows} rows. See two_streams.")
+            raise ValueError(
+                f"Expected two rows for each image, [plain; mixed], got {rows} rows. Pass two_streams=lambda: "
+                "handle.doubles, which tells whether there are two streams."
+            )
         weights = torch.tensor([plain] * (rows // 2) + [mixed] * (rows // 2), dtype=logits_LNQK.dtype)
         return moved(2 * weights / (plain + mixed), logits_LNQK.device)
 
     def _stage_terms(
         self, stage: Stage, matches: Matches, count: Tensor, weights_N: Tensor | None
     ) -> dict[str, Tensor]:
-        """Terms of each layer, (L,), by name."""
+        """Compute the terms of each layer, (L,), by name."""
         logits_LNQK, boxes_LNQ4, targets = stage
         labels_LP, own_LP4 = targets.labels_M[matches.targets_LP], targets.boxes_M4[matches.targets_LP]
         if self.kind == "softmax":
@@ -297,7 +302,7 @@ def _mask_terms(
     count: Tensor,
     weights_N: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Mask terms of the final layer, (1,), by name."""
+    """Compute the mask terms of the final layer, (1,), by name."""
     queries_P, targets_P = matches.queries_LP[-1], matches.targets_LP[-1]
     predicted_PHW = _upcast(masks_NQHW[matches.rows_P, queries_P])
     own_PHW = moved(_padded_masks(targets), masks_NQHW.device)[targets_P]
@@ -307,7 +312,7 @@ def _mask_terms(
 
 
 def _padded_masks(targets: Sequence[Mapping[str, Any]]) -> Tensor:
-    """Masks of all rows, (M, H, W), with nothing at the right and the bottom of smaller ones."""
+    """Join the masks of all rows, (M, H, W); smaller ones are padded with zeros at the right and the bottom."""
     for row, target in enumerate(targets):
         masks = target.get("masks")
         if masks is None or masks.dim() != 3 or len(masks) != len(target["class_labels"]):
@@ -325,7 +330,7 @@ def _padded_masks(targets: Sequence[Mapping[str, Any]]) -> Tensor:
 
 
 def _targets_per_rank(count: int, like: Tensor) -> Tensor:
-    """Mean over ranks of the number of targets, at least 1; it stays where the predictions are."""
+    """Return the mean number of targets of a process, at least 1, on the device of the predictions."""
     total = like.new_full((), count)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)

@@ -1,9 +1,9 @@
 """The decoder's last norm on copies of the layers' outputs, as published; transformers puts it between the layers.
 
 With ``auxiliary_loss=True``, DETR and Conditional DETR of transformers (4.57 to 5.24) hand the normalised output of
-each decoder layer to the next one, and normalise the last one twice: another network than with
-``auxiliary_loss=False``. In the published code the norm is for the outputs that the heads see, and the loss of all
-layers changes nothing in the network.
+each decoder layer to the next one, and normalise the last one twice. This is a different network from the one with
+``auxiliary_loss=False``. In the published code only the outputs that the heads see are normalised, so that the loss of
+all layers changes nothing in the network.
 """
 
 from typing import Any
@@ -14,16 +14,17 @@ __all__ = ["normalize_copies"]
 
 
 def normalize_copies(detector: Any) -> None:
-    """Let a detector of transformers with ``auxiliary_loss=True`` compute what it computes without.
+    """Make a detector of transformers with ``auxiliary_loss=True`` compute the same as with ``auxiliary_loss=False``.
 
-    What it returns, in training and in evaluation, then equals that of the same weights with ``auxiliary_loss=False``,
-    and the auxiliary outputs are the published ones. Models other than DETR and Conditional DETR are left alone.
+    Its outputs, in training and in evaluation, then equal those of the same weights with ``auxiliary_loss=False``, and
+    the auxiliary outputs are the published ones. Other detectors, such as Deformable DETR, do not have this fault and
+    stay as they are.
 
-    Hooks do it, and no file holds hooks: save the model with ``config.auxiliary_loss = False``, or call this again
-    after loading it.
+    The change consists of hooks, which no file stores: save the model with ``config.auxiliary_loss = False``, or call
+    this function again after loading it.
 
     Args:
-        detector: DETR or Conditional DETR for object detection or segmentation, changed in place.
+        detector: Detector or network with a mask head, changed in place.
 
     Raises:
         ValueError: From the model, when it is called with ``return_dict=False``.
@@ -47,12 +48,12 @@ def normalize_copies(detector: Any) -> None:
     """
     kind = detector.config.model_type
     if kind in ("detr", "conditional_detr"):
-        inside = getattr(detector, kind, detector)  # of one for segmentation
+        inside = getattr(detector, kind, detector)  # of a network with a mask head
         _Copies(inside.get_submodule("model.decoder"))
 
 
 class _Copies:
-    """Hooks of a decoder: its norm is passed over while the layers run, and is then put on all of their outputs."""
+    """Hooks that pass over a decoder's norm while the layers run, and then apply it to all of their outputs."""
 
     def __init__(self, decoder: Any) -> None:
         self.passed_over = False
@@ -71,7 +72,10 @@ class _Copies:
         if not passed_over:
             return
         if isinstance(output, tuple):
-            raise ValueError("Expected return_dict=True, with which the decoder says what each of its outputs is.")
+            raise ValueError(
+                "Expected return_dict=True, with which the decoder names its outputs, got return_dict=False. Leave "
+                "return_dict out."
+            )
         output.intermediate_hidden_states = decoder.layernorm(output.intermediate_hidden_states)
         output.last_hidden_state = output.intermediate_hidden_states[-1]
         if output.hidden_states is not None:

@@ -1,16 +1,16 @@
-"""transformers' detectors, unedited, with our criterion: their own ``labels=`` path computes it.
+"""Our criterion in unedited detectors of transformers: their own ``labels=`` argument makes them compute it.
 
-Works for what calls ``self.loss_function(logits, labels, device, boxes, [masks,] config, layers' logits and boxes)``:
-DETR, Conditional DETR, Deformable DETR and DETR for segmentation in transformers 4.57 to 5, and SMCA here.
+It works in models that call ``self.loss_function(logits, labels, device, boxes, [masks,] config, layers' logits and
+boxes)``: DETR, Conditional DETR, Deformable DETR and DETR for segmentation in transformers 4.57 to 5, and SMCA here.
 
-What differs between their losses and the publications (``criterion_for`` follows transformers):
+The losses of transformers differ from the publications (``criterion_for`` follows transformers):
 
-- the class term weighs 1 in transformers' total whatever ``cls_loss_coefficient`` says; published is 2 (focal kind);
-- the focal kind is matched with alpha 0.25 and gamma 2 whatever ``focal_alpha`` says; so is it here;
-- two-stage Deformable DETR gets no loss on its encoder's proposals in transformers; here it does, as published;
-- on several ranks transformers divides the number of targets by the ranks twice (accelerate's ``reduce`` gives the mean
-  already), and only if accelerate was started; here it is the ranks' mean, as published;
-- the focal kind's ``cardinality_error``, for the log only, counts by another rule in transformers 4.57.
+- The class term weighs 1 in the total of transformers whatever ``cls_loss_coefficient`` says; published is 2 ("focal").
+- The "focal" kind is matched with alpha 0.25 and gamma 2 whatever ``focal_alpha`` says, here too.
+- Two-stage Deformable DETR has no loss on its encoder's proposals in transformers; here it has, as published.
+- With several processes transformers divides the number of targets twice by that of the processes (``reduce`` of
+  accelerate gives the mean already), and only if accelerate was started; here it is the mean, as published.
+- The ``cardinality_error`` of the "focal" kind, for the log only, counts by another rule in transformers 4.57.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,14 +26,14 @@ __all__ = ["Installed", "criterion_for", "set_outputs", "use_criterion"]
 
 
 def criterion_for(model: nn.Module, **changes: Any) -> SetCriterion:
-    """The criterion that a model of transformers has by its configuration, with transformers' own weights.
+    """Build the criterion that a model of transformers has by its configuration, with the weights of transformers.
 
     Args:
-        model: A detector with ``config``: kind ("focal" where it has ``focal_alpha``), classes, costs and coefficients.
-        changes: Arguments of :class:`SetCriterion` that replace what the configuration says.
+        model: Detector whose ``config`` has classes, costs and coefficients, and ``focal_alpha`` for the "focal" kind.
+        changes: Arguments of :class:`SetCriterion` that replace values of the configuration.
 
     Raises:
-        ValueError: For a model whose loss is another.
+        ValueError: For a model with another loss.
 
     Example:
         >>> from transformers import DeformableDetrConfig
@@ -62,11 +62,11 @@ def criterion_for(model: nn.Module, **changes: Any) -> SetCriterion:
 
 
 def set_outputs(output: Any) -> SetOutputs:
-    """What a transformers detector returned, as :class:`SetOutputs`.
+    """Convert the output of a detector of transformers to :class:`SetOutputs`.
 
     Args:
-        output: The model's output object. Earlier decoder layers are in it (``auxiliary_outputs``) if the model was
-            given ``labels`` and ``config.auxiliary_loss`` is set.
+        output: Output object of the model. It has earlier decoder layers (``auxiliary_outputs``) if the model was given
+            ``labels`` and ``config.auxiliary_loss`` is set.
 
     Example:
         >>> from types import SimpleNamespace
@@ -87,20 +87,20 @@ def set_outputs(output: Any) -> SetOutputs:
 
 
 def use_criterion(model: nn.Module, criterion: SetCriterion | None = None) -> "Installed":
-    """Let ``model(pixel_values, pixel_mask, labels=labels)`` compute ``criterion``; nothing else changes.
+    """Make ``model(pixel_values, pixel_mask, labels=labels)`` compute ``criterion``; nothing else changes.
 
-    The model's output has our ``loss`` and ``loss_dict`` (terms without their weights). With BatchFormer inserted, give
-    the labels of the images: the insertion doubles them.
+    The model's output then has the criterion's ``loss`` and ``loss_dict`` (terms without their weights). With
+    BatchFormer inserted, give the labels of the images: the insertion doubles them.
 
     Args:
-        model: A detector of transformers, or SMCA.
-        criterion: As :func:`criterion_for` where it is ``None``.
+        model: Detector of transformers, or SMCA.
+        criterion: Criterion; ``None`` stands for ``criterion_for(model)``.
 
     Returns:
-        What is installed: ``criterion``, and ``remove()`` for the way back.
+        The installation, with ``criterion``, and with ``remove()`` to undo it.
 
     Raises:
-        ValueError: For a model that calls no ``loss_function``, or has a criterion installed.
+        ValueError: For a model that calls no ``loss_function``, or that has a criterion installed already.
 
     Example:
         >>> from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection, ResNetConfig
@@ -125,10 +125,10 @@ def use_criterion(model: nn.Module, criterion: SetCriterion | None = None) -> "I
 
 
 class Installed:
-    """Stands in for a model's ``loss_function``; see :func:`use_criterion`.
+    """Criterion that a model calls as its ``loss_function``; see :func:`use_criterion`.
 
     Attributes:
-        criterion: Replace it to change the loss of a model that has it installed.
+        criterion: Criterion; assign another one to change the loss of the model.
     """
 
     def __init__(self, model: nn.Module, criterion: SetCriterion) -> None:
@@ -145,7 +145,7 @@ class Installed:
         model.loss_function = self  # type: ignore[assignment]
 
     def remove(self) -> None:
-        """Give the model the loss that it had."""
+        """Give the model its former loss back."""
         if self._model.__dict__.get("_loss_function") is not self:
             raise RuntimeError("This criterion was removed before. Call use_criterion() again to install one.")
         for hook in self._hooks:
@@ -163,14 +163,14 @@ class Installed:
         *rest: Any,
         **named: Any,
     ) -> tuple[Tensor, dict[str, Tensor], list[dict[str, Tensor]] | None]:
-        """What transformers' loss functions take and return."""
+        """Compute the loss; arguments and results are those of transformers' loss functions."""
         masks = rest[0] if isinstance(rest[0], Tensor) else None
         config, *layers = rest[masks is not None :]
         early = None
         logits_LNQK, boxes_LNQ4 = logits[None], pred_boxes[None]
         if config.auxiliary_loss:
-            # Not the layers' own last entry: with a norm between them (Conditional DETR has two) it is another tensor
-            # than what the model predicts with.
+            # Not the layers' own last entry: with a norm between them (Conditional DETR has two) the model predicts
+            # with another tensor.
             early = [{"logits": a, "pred_boxes": b} for a, b in zip(layers[0][:-1], layers[1][:-1], strict=True)]
             logits_LNQK = torch.cat((layers[0][:-1], logits_LNQK))
             boxes_LNQ4 = torch.cat((layers[1][:-1], boxes_LNQ4))

@@ -1,7 +1,7 @@
-"""The weights that the detectors were published to start from.
+"""Initial weights of the detectors, as published.
 
-transformers' own initial values are made to be overwritten by a checkpoint: queries that are all alike, a classifier
-that calls half of all boxes an object.
+The initial weights of transformers are meant to be overwritten by a checkpoint: all queries are alike, and the
+classifier calls half of all boxes an object.
 """
 
 import math
@@ -13,18 +13,22 @@ from torch import nn
 __all__ = ["STACKED_GAIN", "initialize"]
 
 STACKED_GAIN = math.sqrt(0.5)
-"""Of Xavier, for each of three C x C projections that are one 3C x C matrix in torch's attention, as published."""
+"""Gain of Xavier's rule for each of three C x C projections that are one 3C x C matrix in the published code."""
 
-_KEPT = ("sampling_offsets", "attention_weights")  # Deformable attention starts from a pattern that transformers lays
+_KEPT = ("sampling_offsets", "attention_weights")  # of deformable attention, which transformers sets as published
 
 
 def initialize(detector: Any) -> None:
-    """Set initial weights of DETR, Conditional DETR or Deformable DETR as their authors do; SMCA brings its own.
+    """Draw the initial weights of DETR, Conditional DETR or Deformable DETR as their authors do.
 
-    The backbone is left alone. Draws from torch's global generator.
+    The backbone keeps its weights, and so does SMCA, which draws the published ones by itself. Numbers come from the
+    global generator of torch.
 
     Args:
-        detector: A detection model of transformers, changed in place.
+        detector: Detection model of transformers, changed in place.
+
+    Raises:
+        ValueError: For another detector.
 
     Source:
         DETR, appendix A.4 (Xavier, as in "Attention is all you need"); Focal loss, section 4.1 (class prior 0.01);
@@ -40,8 +44,13 @@ def initialize(detector: Any) -> None:
         0.01
     """
     kind = detector.config.model_type
-    if kind not in ("detr", "conditional_detr", "deformable_detr"):
+    if kind == "smca":
         return
+    if kind not in ("detr", "conditional_detr", "deformable_detr"):
+        raise ValueError(
+            f"Expected DETR, Conditional DETR, Deformable DETR or SMCA, got {type(detector).__name__}, whose published "
+            "initial weights are not known here. Leave this call out to keep those of transformers."
+        )
     model: Any = detector.model
     with torch.no_grad():
         for part in (model.encoder, model.decoder):
@@ -72,13 +81,13 @@ def _deformable(detector: Any) -> None:
         _class_prior(classifier)
         last = _linears(box)[-1]
         _from_zero(last)
-        # Boxes start small; with refinement only the first layer says so, with proposals none does.
+        # Boxes start small; with refinement only in the first layer, with proposals in none.
         if not detector.config.two_stage and (number == 0 or not detector.config.with_box_refine):
             nn.init.constant_(last.bias[2:], -2.0)
 
 
 def _stacked(part: nn.Module) -> list[nn.Linear]:
-    """Projections of what is ``nn.MultiheadAttention`` in the published code: Conditional DETR's decoder is not."""
+    """Return the projections that are one matrix in the published code; Conditional DETR's decoder has none."""
     names = ("q_proj", "k_proj", "v_proj")
     attentions = [module for module in part.modules() if all(hasattr(module, name) for name in names)]
     return [getattr(module, name) for module in attentions for name in names]

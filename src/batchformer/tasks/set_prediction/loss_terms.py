@@ -1,8 +1,8 @@
-"""The terms of the loss of set prediction: pure functions, every decoder layer at once.
+"""Terms of the loss of set prediction, as pure functions of all decoder layers at once.
 
 Axis letters as in matching.py: L layers, N rows, Q queries, K classes, P matched pairs of a layer, H and W pixels.
-``weights_N`` or ``weights_P`` weigh rows (the streams); ``None`` is 1 for all. Terms are sums over rows and pairs; what
-they are divided by is the criterion's.
+``weights_N`` or ``weights_P`` weigh rows (the streams); ``None`` is 1 for all. Terms are sums over rows and pairs; the
+criterion divides them.
 """
 
 from typing import Any
@@ -21,13 +21,13 @@ __all__ = ["box_distances", "cardinality_error", "cross_entropy", "focal", "mask
 def cross_entropy(
     logits_LNQK: Tensor, matches: Matches, labels_LP: Tensor, *, eos: float, weights_N: Tensor | None = None
 ) -> Tensor:
-    """Weighted mean of the cross-entropy over all queries, "no object" (the last class) weighing ``eos``, (L,).
+    """Compute the weighted mean cross-entropy over all queries, (L,); "no object", the last class, weighs ``eos``.
 
     Source:
         DETR, equation 2 and section A.4: eos = 0.1; torch's weighted mean, as in the published code.
 
     Example:
-        >>> first = torch.tensor([[0]])  # one layer; one row's first query answers for its first target
+        >>> first = torch.tensor([[0]])  # one layer; one row, whose first query is matched with its first target
         >>> matches = Matches(rows_P=first[0], queries_LP=first, targets_LP=first)
         >>> cross_entropy(torch.zeros(1, 1, 2, 3), matches, labels_LP=torch.tensor([[1]]), eos=0.1).exp()
         tensor([3.])
@@ -53,9 +53,9 @@ def focal(
     gamma: float,
     weights_N: Tensor | None = None,
 ) -> Tensor:
-    """Sum of the sigmoid focal loss over all queries and classes, (L,).
+    """Compute the sum of the sigmoid focal loss over all queries and classes, (L,).
 
-    Every entry is counted as a miss first, which needs no target tensor; the few matched ones are then corrected.
+    Every entry counts as a miss first, which needs no target tensor; the few matched ones are then corrected.
 
     Source:
         Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, equation 5; in Deformable DETR.
@@ -63,7 +63,7 @@ def focal(
     Example:
         >>> first = torch.tensor([[0]])
         >>> matches = Matches(rows_P=first[0], queries_LP=first, targets_LP=first)
-        >>> logits = torch.tensor([[[[9.0, -9.0], [-9.0, -9.0]]]])  # as sure as right
+        >>> logits = torch.tensor([[[[9.0, -9.0], [-9.0, -9.0]]]])  # sure, and right
         >>> focal(logits, matches, labels_LP=first, alpha=0.25, gamma=2.0) < 1e-6
         tensor([True])
     """
@@ -74,20 +74,20 @@ def focal(
 
 
 def _miss(logits: Tensor, gamma: float) -> Tensor:
-    """Focal loss p^gamma * -log(1 - p) of classes that are not there, p = sigmoid(logits). Of a hit: with -logits."""
+    """Compute the focal loss p^gamma * -log(1 - p), p = sigmoid(logits), of absent classes; of hits with -logits."""
     loss: Tensor = _Miss.apply(logits, gamma)
     return loss
 
 
 class _Miss(torch.autograd.Function):
-    """Keeps one tensor for the backward pass, autograd would five: a two-stage encoder has 10^7 logits and more."""
+    """Focal loss that keeps one tensor for the backward pass, where autograd keeps five; there can be 10^7 logits."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, gamma: float) -> Tensor:
         p = logits.sigmoid()
         power = p**gamma
-        # -log(1 - p) = max(x, 0) + log(1 + e). torch's log1p, softplus and logsigmoid take five times as long on a CPU
-        # as its log; what 1 + e loses by rounding is put back. In place: a CPU spends most of its time on new memory.
+        # -log(1 - p) = max(x, 0) + log(1 + e). On a CPU torch's log1p, softplus and logsigmoid take five times as long
+        # as its log; the rounding error of 1 + e is added back. In place, since new memory takes most of the time.
         e = logits.abs().neg_().exp_()
         one = 1 + e
         log = one.log().add_(e.sub_(one - 1).div_(one)).add_(logits.clamp(min=0))
@@ -102,7 +102,7 @@ class _Miss(torch.autograd.Function):
 
 
 def box_distances(boxes_LP4: Tensor, own_LP4: Tensor, weights_P: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Sums of the L1 distance and of 1 - GIoU of matched boxes in centre format, (L,) and (L,).
+    """Compute the sums of the L1 distance and of 1 - GIoU of matched boxes (centers and sides), (L,) and (L,).
 
     Source:
         DETR, section 3.1, "Bounding box loss".
@@ -119,12 +119,12 @@ def box_distances(boxes_LP4: Tensor, own_LP4: Tensor, weights_P: Tensor | None =
 
 
 def mask_distances(logits_PHW: Tensor, own_PHW: Tensor, weights_P: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Sums over pairs of the mean focal loss of the pixels and of the dice loss, two scalars.
+    """Compute the sums over pairs of the mean focal loss of the pixels and of the dice loss, two scalars.
 
     Args:
-        logits_PHW: Predicted masks, of any size: taken to that of the targets bilinearly.
-        own_PHW: Masks of the matched targets, boolean, or 0 and not 0.
-        weights_P: Of the pairs.
+        logits_PHW: Predicted masks of any size, which are resized to that of the targets bilinearly.
+        own_PHW: Masks of the matched targets, boolean, or 0 outside and any other number inside.
+        weights_P: Weight of each pair.
 
     Source:
         DETR, section 4.4; focal with alpha 0.25 and gamma 2, dice (Milletari et al., "V-Net", 3DV 2016) with 1 added
@@ -132,7 +132,7 @@ def mask_distances(logits_PHW: Tensor, own_PHW: Tensor, weights_P: Tensor | None
 
     Example:
         >>> truth = torch.eye(8)[None]
-        >>> focal, dice = mask_distances(100 * (2 * truth - 1), truth)  # of one pair, as sure as right
+        >>> focal, dice = mask_distances(100 * (2 * truth - 1), truth)  # one pair; sure, and right
         >>> float(focal), float(dice)
         (0.0, 0.0)
     """
@@ -147,9 +147,9 @@ def mask_distances(logits_PHW: Tensor, own_PHW: Tensor, weights_P: Tensor | None
 
 @torch.no_grad()
 def cardinality_error(logits_LNQK: Tensor, sizes: tuple[int, ...], *, kind: str) -> Tensor:
-    """Mean over rows of |predicted objects - targets|, (L,): for the log.
+    """Compute the mean over rows of |predicted objects - targets|, (L,), for the log.
 
-    An object is a query whose best class beats "no object" ("softmax") or a probability of one half ("focal").
+    A query counts as an object when its best class beats "no object" ("softmax") or a probability of 1/2 ("focal").
 
     Example:
         >>> logits = torch.tensor([[[[1.0, -1.0], [2.0, -1.0], [-1.0, -1.0]]]])  # two of three queries
@@ -165,5 +165,5 @@ def cardinality_error(logits_LNQK: Tensor, sizes: tuple[int, ...], *, kind: str)
 
 
 def _over_rows(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Sum over the last axis."""
+    """Sum over the last axis, weighted."""
     return values.sum(-1) if weights is None else (values * weights).sum(-1)

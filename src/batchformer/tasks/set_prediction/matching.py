@@ -1,10 +1,10 @@
-"""Which prediction answers for which target: the assignment of least cost, for every layer and row of a step at once.
+"""Matching of predictions with targets: the assignment of least cost, for every layer and row of a step at once.
 
 Axis letters: L decoder layers, N rows (images; both streams' with BatchFormer), Q queries, K classes (of the softmax
 kind with "no object" last), M targets of all rows, one row after the other, P matched pairs of one layer.
 
-The cost of a pair is formed for an image's own targets only, (L, M, Q), never (N Q, M). It is computed where the
-predictions are and goes to the host in one transfer, together with what says whether predictions and targets are sound.
+The cost of a pair is formed for an image's own targets only, (L, M, Q), never (N Q, M). It is computed on the device of
+the predictions and goes to the host in one transfer, together with the checks of predictions and targets.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ __all__ = ["Kind", "MatchCosts", "Matches", "Stage", "Targets", "match", "match_
 Kind = Literal["softmax", "focal"]
 # A row whose predictions are larger is as lost as one with NaN; below it no cost overflows.
 _LIMIT = 1e12
-# Costs that take scipy about half a millisecond, some times as long as it takes to start a thread.
+# Number of costs that takes scipy about half a millisecond, several times as long as a thread takes to start.
 _WORTH_A_THREAD = 2**17
 
 
@@ -33,14 +33,14 @@ class MatchCosts:
     """Weights of the terms of a pair's cost.
 
     Attributes:
-        kind: "softmax": classes and "no object" exclude each other, the cost is minus the probability of the target's
-            class (DETR). "focal": each class has its sigmoid, the cost is the focal loss of a hit less that of a miss
-            (Deformable DETR, Conditional DETR, SMCA).
-        class_: Weight of the class cost. Published: 1 for "softmax", 2 for "focal".
-        l1: Weight of the L1 distance of boxes in centre format.
-        giou: Weight of minus their generalised IoU.
-        alpha: Focal weight of a hit, 0..1.
-        gamma: Focal exponent.
+        kind: "softmax": classes and "no object" exclude each other, and the cost is minus the probability of the
+            target's class (DETR). "focal": each class has its sigmoid, and the cost is the focal loss of a hit minus
+            that of a miss (Deformable DETR, Conditional DETR, SMCA).
+        class_: Weight of the class cost; published are 1 for "softmax" and 2 for "focal".
+        l1: Weight of the L1 distance of boxes as centers and sides.
+        giou: Weight of minus the generalised IoU of boxes.
+        alpha: Weight of a hit in the focal loss, in 0..1.
+        gamma: Exponent of the focal loss, at least 0.
 
     Raises:
         ValueError: For another kind, or when every weight is 0.
@@ -57,18 +57,21 @@ class MatchCosts:
         if self.kind not in ("softmax", "focal"):
             raise ValueError(f"Expected kind 'softmax' or 'focal', got {self.kind!r}.")
         if self.class_ == self.l1 == self.giou == 0:
-            raise ValueError("Expected a cost that is not 0, got class_=0, l1=0 and giou=0: any pair is as good.")
+            raise ValueError(
+                "Expected a cost that is not 0, got class_=0, l1=0 and giou=0, with which all pairs are as good. Set "
+                "one of them."
+            )
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The targets of all rows in one list.
+    """Targets of all rows in one list.
 
     Attributes:
-        labels_M: Class indices.
-        boxes_M4: Centre format, in shares of the image.
-        rows_M: The row that each belongs to, ascending.
-        sizes: Targets of each row, on the host.
+        labels_M: Class index of each target.
+        boxes_M4: Boxes as centers and sides, in shares of the image.
+        rows_M: Row that each target belongs to, ascending.
+        sizes: Number of targets of each row, on the host.
     """
 
     labels_M: Tensor
@@ -78,12 +81,12 @@ class Targets:
 
 
 class Matches(NamedTuple):
-    """Matched pairs; every layer has as many, since a row has min(Q, its targets) of them.
+    """Matched pairs; every layer has equally many, since a row has min(Q, its targets) of them.
 
     Attributes:
-        rows_P: Row of each pair, the same in every layer.
-        queries_LP: Which query of that row.
-        targets_LP: Which of the M targets.
+        rows_P: Row of each pair, alike in every layer.
+        queries_LP: Index of the query in that row.
+        targets_LP: Index of the target among all M.
     """
 
     rows_P: Tensor
@@ -91,13 +94,13 @@ class Matches(NamedTuple):
     targets_LP: Tensor
 
     def of(self, predictions_LNQX: Tensor) -> Tensor:
-        """The matched predictions, (L, P, ...)."""
+        """Return the matched ones of predictions (L, N, Q, ...), (L, P, ...)."""
         layers = torch.arange(len(self.queries_LP), device=self.rows_P.device)[:, None]
         return predictions_LNQX[layers, self.rows_P, self.queries_LP]
 
 
 class Stage(NamedTuple):
-    """Predictions of the same queries by L layers, and what they are matched with."""
+    """Predictions of the same queries by L layers, and the targets that they are matched with."""
 
     logits_LNQK: Tensor
     boxes_LNQ4: Tensor
@@ -108,11 +111,11 @@ def pack(targets: Sequence[Mapping[str, Any]], like: Tensor) -> Targets:
     """Join the targets of all rows.
 
     Args:
-        targets: For each row ``class_labels`` (T,) and ``boxes`` (T, 4), T from 0 up; transformers' labels.
-        like: Gives the device and the floating type.
+        targets: Labels of each row as transformers has them: ``class_labels`` (T,) and ``boxes`` (T, 4), T at least 0.
+        like: Tensor on the device and of the floating type of the result.
 
     Raises:
-        ValueError: When a row lacks either, or has other shapes.
+        ValueError: When a row lacks one of the two, or has other shapes.
 
     Example:
         >>> one = {"class_labels": torch.tensor([3]), "boxes": torch.tensor([[0.5, 0.5, 1.0, 1.0]])}
@@ -144,13 +147,13 @@ def pack(targets: Sequence[Mapping[str, Any]], like: Tensor) -> Targets:
 
 @torch.no_grad()
 def pair_costs(logits_LNQK: Tensor, boxes_LNQ4: Tensor, targets: Targets, costs: MatchCosts) -> Tensor:
-    """Cost of every query for every target of its own row, (L, M, Q).
+    """Compute the cost of every query for every target of its own row, (L, M, Q).
 
     Args:
-        logits_LNQK: Class logits; of the "softmax" kind the last one is "no object".
-        boxes_LNQ4: Centre format.
-        targets: Of N rows; labels beyond the range count as the nearest class here.
-        costs: Weights.
+        logits_LNQK: Class logits; with the "softmax" kind the last class is "no object".
+        boxes_LNQ4: Boxes as centers and sides.
+        targets: Targets of N rows; labels out of range count as the nearest class here.
+        costs: Weights of the terms.
 
     Source:
         Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, section 3.1, equations 1 and 2; the
@@ -186,18 +189,18 @@ def pair_costs(logits_LNQK: Tensor, boxes_LNQ4: Tensor, targets: Targets, costs:
 def match(logits_LNQK: Tensor, boxes_LNQ4: Tensor, targets: Sequence[Mapping[str, Any]], costs: MatchCosts) -> Matches:
     """Assign targets to queries at the least total cost, for each layer and row by itself.
 
-    With more targets than queries, every query gets a target and the rest stay without.
+    With more targets than queries, every query gets a target and the other targets get none.
 
     Args:
         logits_LNQK: Class logits.
-        boxes_LNQ4: Centre format, in shares of the image.
-        targets: For each of N rows ``class_labels`` (T,) and ``boxes`` (T, 4).
-        costs: Weights.
+        boxes_LNQ4: Boxes as centers and sides, in shares of the image.
+        targets: Labels of each of N rows: ``class_labels`` (T,) and ``boxes`` (T, 4).
+        costs: Weights of the terms.
 
     Raises:
-        FloatingPointError: For predictions that are NaN, infinite or beyond 1e12.
-        ValueError: For labels out of range, and for target boxes that are not finite or have a negative side. A side of
-            0 is taken as it is.
+        FloatingPointError: For predictions that are NaN, infinite or larger than 1e12.
+        ValueError: For labels out of range, and for target boxes that are not finite or have a negative side. Sides of
+            0 are allowed.
 
     Source:
         DETR, equation 1; the solver is scipy's (Crouse 2016, a shortest augmenting path).
@@ -214,7 +217,7 @@ def match(logits_LNQK: Tensor, boxes_LNQ4: Tensor, targets: Sequence[Mapping[str
 
 @torch.no_grad()
 def match_stages(stages: Sequence[Stage], costs: MatchCosts) -> list[Matches]:
-    """As :func:`match`, for several stages (decoder, two-stage encoder) with one device-to-host transfer in all."""
+    """Match several stages (decoder, two-stage encoder) like :func:`match`, with one transfer to the host in all."""
     parts = [part for stage in stages for part in (pair_costs(*stage, costs), *_faults(stage, costs.kind))]
     host = torch.cat([part.flatten() for part in parts]).cpu().numpy()
     arrays = iter(np.split(host, np.cumsum([part.numel() for part in parts])[:-1]))
@@ -240,7 +243,7 @@ def _assign(cost_LMQ: NDArray[Any], targets: Targets) -> Matches:
 
 
 def _solve(blocks: list[NDArray[Any]]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Assign within each block (targets, queries), on as many threads as torch has at most: scipy frees the GIL."""
+    """Assign within each block (targets, queries), on at most as many threads as torch has: scipy frees the GIL."""
     from scipy.optimize import linear_sum_assignment
 
     workers = min(torch.get_num_threads(), 1 + sum(block.size for block in blocks) // _WORTH_A_THREAD)
@@ -253,7 +256,7 @@ def _solve(blocks: list[NDArray[Any]]) -> list[tuple[NDArray[np.int64], NDArray[
 
 
 def _faults(stage: Stage, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
-    """What must be small or 0: norm of each row's predictions (L, N), labels out of range (M,), bad boxes (M,)."""
+    """Compute the checks: norm of each row's predictions (L, N), labels out of range (M,), bad boxes (M,)."""
     logits, predicted, targets = stage
     size_LN = sum(torch.linalg.vector_norm(x, dim=(2, 3)) for x in (logits, predicted))
     classes = logits.shape[-1] - (kind == "softmax")
@@ -287,5 +290,5 @@ def _raise_faults(stage: Stage, kind: Kind, size: Any, wrong: Any, bad: Any) -> 
 
 
 def moved(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """To the device of the predictions. To a GPU without waiting: a blocking copy would wait for the forward pass."""
+    """Move a tensor to a device; to a GPU without waiting, since a blocking copy would wait for the forward pass."""
     return x.to(device, dtype, non_blocking=device.type == "cuda")

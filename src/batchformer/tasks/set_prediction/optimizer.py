@@ -1,4 +1,4 @@
-"""Who learns how fast: the backbone slower than the transformer, Deformable DETR's sampling points slower too."""
+"""Parameter groups: backbone, transformer, sampling points and BatchFormer have separate learning rates."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,11 +17,12 @@ _SAMPLING = ("sampling_offsets", "reference_points")
 
 @dataclass
 class DetectorOptimizerSettings(OptimizerSettings):
-    """Optimizer and schedule of a detector; the values are DETR's for 50 epochs.
+    """Optimizer and schedule of a detector; the defaults are DETR's for 50 epochs.
 
     Attributes:
-        backbone_lr: Peak learning rate of the backbone.
-        sampling_lr_mult: Learning rate of Deformable DETR's sampling offsets and reference points over the rest's.
+        backbone_lr: Peak learning rate of the backbone, at least 0.
+        sampling_lr_mult: Learning rate of Deformable DETR's sampling offsets and reference points, as a multiple of
+            ``lr``.
     """
 
     name: Literal["sgd", "adamw"] = "adamw"
@@ -33,17 +34,18 @@ class DetectorOptimizerSettings(OptimizerSettings):
 
 
 def parameter_groups(
-    network: nn.Module, settings: DetectorOptimizerSettings, plug_in: BatchFormerSettings
+    network: nn.Module, settings: DetectorOptimizerSettings, batchformer: BatchFormerSettings
 ) -> list[dict[str, Any]]:
-    """Groups for the optimizer; every parameter that trains is in exactly one.
+    """Sort the parameters that train into groups for the optimizer; each is in exactly one.
 
     Args:
-        network: With the module in it or not.
-        settings: Learning rates and decay.
-        plug_in: The module's multipliers.
+        network: Network with or without BatchFormer in it.
+        settings: Learning rates and weight decay.
+        batchformer: Multipliers of BatchFormer's learning rate and weight decay.
 
     Returns:
-        Out of ``network``, ``backbone``, ``sampling`` and ``batchformer``, those that the network has.
+        Those of the groups ``network``, ``backbone``, ``sampling`` and ``batchformer`` that the network has; where
+        norms and biases do not decay, they are in groups of their own, such as ``network_no_decay``.
 
     Raises:
         ValueError: When a backbone that should train has nothing to train, or nothing trains at all.
@@ -62,7 +64,7 @@ def parameter_groups(
         if backbone.trains != "nothing" and not any(p.requires_grad for p in backbone.parameters()):
             raise ValueError(
                 f"Expected parameters to train in the backbone (trains={backbone.trains!r}), but all are frozen. Set "
-                "backbone.trains='nothing', or see what froze them."
+                "model.network.backbone.trains=nothing, or remove the code that froze them."
             )
     owners = {id(p): "backbone" for module in backbones for p in module.parameters()}
     owners |= {id(p): "batchformer" for m in network.modules() if isinstance(m, BatchFormer) for p in m.parameters()}
@@ -70,7 +72,7 @@ def parameter_groups(
         "network": settings.lr,
         "backbone": settings.backbone_lr,
         "sampling": settings.lr * settings.sampling_lr_mult,
-        "batchformer": settings.lr * plug_in.lr_mult,
+        "batchformer": settings.lr * batchformer.lr_mult,
     }
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
@@ -78,7 +80,7 @@ def parameter_groups(
             continue
         owner = owners.get(id(parameter), "sampling" if any(word in name for word in _SAMPLING) else "network")
         decays = settings.decay_norm_and_bias or parameter.dim() > 1
-        decay = settings.weight_decay * (plug_in.weight_decay_mult if owner == "batchformer" else 1.0) * decays
+        decay = settings.weight_decay * (batchformer.weight_decay_mult if owner == "batchformer" else 1.0) * decays
         key = owner if decays else f"{owner}_no_decay"
         group = groups.setdefault(key, {"name": key, "params": [], "lr": rates[owner], "weight_decay": decay})
         group["params"].append(parameter)

@@ -1,4 +1,4 @@
-"""From queries to detections."""
+"""Postprocessing of a detector's queries into scored boxes."""
 
 from typing import Literal
 
@@ -9,20 +9,20 @@ from torch import Tensor
 def detections(
     logits_BQK: Tensor, boxes_BQ4: Tensor, sizes_B2: Tensor, kind: Literal["softmax", "focal"], top: int = 100
 ) -> list[dict[str, Tensor]]:
-    """Scored boxes in pixels, as each detector was published.
+    """Turn queries into scored boxes in pixels, by the rule that was published with each detector.
 
-    ``"softmax"`` (DETR): one detection for each query, its best class but "no object", which is the last.
-    ``"focal"`` (Conditional DETR, Deformable DETR, SMCA): the ``top`` best pairs of query and class.
+    With ``"softmax"`` (DETR) each query gives one detection: its best class except "no object", which is the last. With
+    ``"focal"`` (Conditional DETR, Deformable DETR, SMCA) the ``top`` best pairs of query and class are detections.
 
     Args:
-        logits_BQK: (B, Q, K), with softmax (B, Q, K + 1).
-        boxes_BQ4: Normalised center x, center y, width, height.
-        sizes_B2: Height and width of the images in pixels.
-        kind: How scores follow from logits.
-        top: Most detections of an image; COCO counts the best 100.
+        logits_BQK: Class logits (B, Q, K); with "softmax" (B, Q, K + 1).
+        boxes_BQ4: Center x, center y, width and height, as shares of the image in 0..1.
+        sizes_B2: Height and width of each image in pixels.
+        kind: Rule by which logits become scores.
+        top: Largest number of detections of an image; COCO counts the best 100.
 
     Returns:
-        For each image ``scores`` (D,), best first, ``labels`` (D,) in 0..K-1, and ``boxes`` (D, 4) x1, y1, x2, y2.
+        For each image ``scores`` (D,), best first, ``labels`` (D,) in 0..K-1, and ``boxes`` (D, 4), x1, y1, x2, y2.
 
     Source:
         DETR, section 3.1 and appendix; Deformable DETR, appendix A.4 (the best pairs of query and class).

@@ -260,7 +260,7 @@ def test_detr_by_hand(detector: Build, scenes: Build) -> None:
 
 
 def test_an_encoder_layer_and_batch_attention_by_hand(detector: Build, scenes: Build) -> None:
-    """The mixed stream behind the first layer: the official layer, then torch's over the batch, padding left out."""
+    """The mixed stream after the first layer: the official layer, then torch's over the batch, padding left out."""
     reference, batch, mixing = Official(), scenes(3), nn.TransformerEncoderLayer(C, 4, C, dropout=0.0)
     model = detector("detr")
     insert(model, after="model.encoder.layers.0", drop=0.0)
@@ -351,7 +351,7 @@ def test_batchformer_in_one_of_both_alone(detector: Build) -> None:
     plain, published = detector("detr"), official("detr") | named("transformer.bf", layer_of_batchformer())
     report = convert_checkpoint({"model": published, "args": {"insert_idx": [0]}}, plain)
     assert report.complete and (report.batchformer, report.inserted_at) == ("left out", (0,))
-    assert str(report).splitlines()[0].endswith("BatchFormer: left out (behind encoder layers 0)")
+    assert str(report).splitlines()[0].endswith("BatchFormer: left out (after encoder layers 0)")
     ways = "set model.config.auxiliary_loss = False, or keep it and call batchformer.tasks.set_prediction.decoder_norm"
     assert f"{ways}.normalize_copies(model)." in str(report)
     panoptic = convert_checkpoint(official("segmentation"), detector("segmentation"))

@@ -85,7 +85,7 @@ class Detr(nn.Module):
         return decoder
 
     def forward(self, images: Tensor, mask_BHW: Tensor, after_first: Any = None) -> tuple[Tensor, Tensor]:
-        """``after_first``: what happens to the rows behind the first encoder layer."""
+        """``after_first``: what happens to the rows after the first encoder layer."""
         x = images
         for part in self.backbone[0]["body"].children():
             x = part(x)
@@ -200,7 +200,7 @@ def test_the_folder_predicts_as_the_official_network(name: str, tmp_path: Path) 
     out = model(images, mask)
     torch.testing.assert_close(out.logits, logits, **CLOSE)
     torch.testing.assert_close(out.pred_boxes, boxes, **CLOSE)
-    # Going on with the loss of all layers: the trap, and how the README goes around it.
+    # With the loss of all layers transformers computes another network; the README says how to avoid that.
     model.config.auxiliary_loss = True
     assert (model(images, mask).logits - logits).abs().max() > 0.05
     model.config.auxiliary_loss = False
@@ -214,13 +214,13 @@ def test_the_folder_predicts_as_the_official_network(name: str, tmp_path: Path) 
 @pytest.mark.parametrize("name", OFFICIAL)
 @torch.no_grad()
 def test_the_folder_and_batchformer_predict_as_the_official_network(name: str, tmp_path: Path) -> None:
-    """Both streams; the layer behind the first of the encoder is torch's own, over the batch."""
+    """Both streams; the layer after the first of the encoder is torch's own, over the batch."""
     torch.manual_seed(0)
     official, (images, mask) = OFFICIAL[name]().eval(), scene()
     mixing = nn.TransformerEncoderLayer(C, 4, C, 0.0)
     official.transformer.bf = mixing
     model, readme = converted(official, name, tmp_path, insert_idx=[0])
-    for heading in ("loss of all decoder layers", "BatchFormer, to go on"):
+    for heading in ("loss of all decoder layers", "Training with BatchFormer"):
         exec(code_below(readme, heading), {"model": model})
     (module,) = [part for part in model.modules() if isinstance(part, BatchFormer)]
     module.train()  # the layer alone: the detector has a dropout of its own

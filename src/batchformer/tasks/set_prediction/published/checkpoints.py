@@ -3,21 +3,23 @@
 ::
 
     model = DetrForObjectDetection(DetrConfig(num_labels=91, ...))
-    insert(model, after="model.encoder.layers.0")          # or not: then the plain network is loaded
+    insert(model, after="model.encoder.layers.0")          # without this line the plain network is loaded
     print(load_published(model, "checkpoint.pth"))
 
-- The names differ between transformers 4.57 and 5; what the model itself has decides. Its backbone may be timm's or
-  transformers' ResNet.
-- Official attention holds queries, keys and values in one matrix; transformers in three (the inserted layer stays one).
-- DETR and Conditional DETR number the norms of a decoder layer self, cross, feed-forward; Deformable DETR cross, self.
-- The published BatchFormer code holds the layer as ``transformer.bf`` when it is shared, and as ``transformer.bf.<i>``,
-  once more under ``transformer.encoder.bf.<i>``, when each encoder layer has its own; ``--bt_num_layers`` puts
-  ``layers.<n>`` between. Where it was inserted is in the ``args`` of the file, not in the names.
-- With ``auxiliary_loss=True`` in the configuration, transformers' DETR and Conditional DETR normalise the state between
-  the layers of the decoder, which the official networks do not: set it to ``False``, or, to train with the loss of all
-  layers, call ``batchformer.tasks.set_prediction.decoder_norm.normalize_copies(model)``. The report says so.
-- Panoptic checkpoints have ``detr.`` in front of the detector. One of a detector also loads into the detector inside
-  ``DetrForSegmentation`` (second stage of training), with ``strict=False``: the mask head is missing.
+- The names of tensors differ between transformers 4.57 and 5; those of the model itself decide. Its backbone may be a
+  ResNet of timm or of transformers.
+- Official attention holds queries, keys and values in one matrix, attention of transformers in three; the inserted
+  layer keeps one.
+- DETR and Conditional DETR number the norms of a decoder layer in the order self-attention, cross-attention,
+  feed-forward; Deformable DETR numbers cross-attention before self-attention.
+- The published BatchFormer code holds a shared layer as ``transformer.bf``, and layers of their own for each encoder
+  layer as ``transformer.bf.<i>`` and again as ``transformer.encoder.bf.<i>``. ``--bt_num_layers`` adds ``layers.<n>``
+  to the names. The points of insertion are in the ``args`` of the file, not in the names.
+- With ``auxiliary_loss=True`` in the configuration, DETR and Conditional DETR of transformers normalise the state
+  between the layers of the decoder, which the official networks do not: set it to ``False``; or, to train with the loss
+  of all layers, call ``batchformer.tasks.set_prediction.decoder_norm.normalize_copies(model)``. The report says so.
+- In panoptic checkpoints the detector's names begin with ``detr.``. The checkpoint of a detector also loads into the
+  detector inside ``DetrForSegmentation`` (second stage of training), with ``strict=False``: the mask head is missing.
 """
 
 import argparse
@@ -37,7 +39,7 @@ from batchformer.insertion.hooks import hooks_in
 Kind = Literal["detr", "conditional_detr", "deformable_detr"]
 Status = Literal["loaded", "left out", "new", "none"]
 
-# A key that only this kind has, without the prefix of panoptic checkpoints.
+# Key that only this kind has, without the prefix of panoptic checkpoints.
 _SIGNS: dict[Kind, str] = {
     "deformable_detr": "transformer.level_embed",
     "conditional_detr": "transformer.decoder.ref_point_head.layers.0.weight",
@@ -47,14 +49,14 @@ _ENCODER_NORMS = {"norm1": "self_attn_layer_norm", "norm2": "final_layer_norm"}
 _DECODER_NORMS = {"norm1": "self_attn_layer_norm", "norm2": "encoder_attn_layer_norm", "norm3": "final_layer_norm"}
 _DEFORMABLE_NORMS = {"norm1": "encoder_attn_layer_norm", "norm2": "self_attn_layer_norm", "norm3": "final_layer_norm"}
 _NOTE = (
-    "With auxiliary_loss=True this is another decoder than the published one: set model.config.auxiliary_loss = False, "
+    "With auxiliary_loss=True the decoder differs from the published one: set model.config.auxiliary_loss = False, "
     "or keep it and call batchformer.tasks.set_prediction.decoder_norm.normalize_copies(model)."
 )
 _COUNTER = "num_batches_tracked"  # of batch norms that are constants in both
 _LAYER = re.compile(r"transformer\.(encoder|decoder)\.layers\.(\d+)\.(\w+)\.(.+)")
 _BATCHFORMER = re.compile(r"transformer\.(?:encoder\.)?bf\.(?:(\d+)\.)?(?:layers\.(\d+)\.)?(.+)")
 _BLOCK = re.compile(r"layer(\d)\.(\d+)\.(conv|bn|downsample\.)(\d)\.(\w+)")
-# Projections of Conditional DETR: beside the attention in the official code and in 4.57, inside it in 5.
+# Projections of Conditional DETR: outside the attention in the official code and in 4.57, inside it in 5.
 _CONDITIONAL = re.compile(r"(sa|ca)_([qkv])(content|pos_sine|pos)?_proj")
 # Official names -> those of transformers 5, outside of layers and backbone; the mask head is that of 4.57.
 _NAMES = (
@@ -81,18 +83,18 @@ _MASK_HEAD = {
 
 @dataclass(frozen=True)
 class Report:
-    """What a published checkpoint holds for a model; ``print`` it.
+    """Report on a published checkpoint and a model; ``print`` shows it.
 
     Attributes:
-        kind: The official code it comes from.
-        state_dict: Under the names of the model; queries, keys and values apart. Only what fits.
+        kind: Official code that the checkpoint comes from.
+        state_dict: Tensors that fit, under the names of the model; queries, keys and values are separate.
         missing: Names of the model that the checkpoint does not have.
-        unexpected: Names of the checkpoint that the model has no place for.
+        unexpected: Names of the checkpoint that the model does not have.
         mismatched: Name of the model -> shapes (in the checkpoint, in the model).
-        batchformer: ``"loaded"``: both have it. ``"left out"``: the checkpoint has it, the model does not.
+        batchformer: ``"loaded"``: both have BatchFormer. ``"left out"``: the checkpoint has it, the model does not.
             ``"new"``: the model has it and keeps its own weights. ``"none"``: neither has it.
-        inserted_at: Numbers of the encoder layers behind which the checkpoint had it, as far as it says so.
-        note: What else to know; empty for nothing.
+        inserted_at: Numbers of the encoder layers after which the checkpoint had BatchFormer, as far as it says so.
+        note: Further remark; empty where there is none.
     """
 
     kind: Kind
@@ -106,11 +108,11 @@ class Report:
 
     @property
     def complete(self) -> bool:
-        """Whether the checkpoint has just what the model needs; BatchFormer may be in one of them alone."""
+        """True if the checkpoint has exactly the tensors of the model; BatchFormer may be in one of them alone."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
-        at = f" (behind encoder layers {', '.join(map(str, self.inserted_at))})" if self.inserted_at else ""
+        at = f" (after encoder layers {', '.join(map(str, self.inserted_at))})" if self.inserted_at else ""
         lines = [f"{self.kind}: {len(self.state_dict)} tensors; BatchFormer: {self.batchformer}{at}"]
         for word, names in (("missing", self.missing), ("unexpected", self.unexpected)):
             if names:
@@ -130,11 +132,11 @@ def load_published(
     Args:
         model: ``DetrForObjectDetection``, ``DetrForSegmentation``, ``ConditionalDetrForObjectDetection`` or
             ``DeformableDetrForObjectDetection``, with or without BatchFormer.
-        path: A ``.pth`` file, read as weights alone, or what it holds.
-        strict: Whether to raise, and load nothing, when the checkpoint is not complete for the model.
+        path: A ``.pth`` file, read as weights alone, or its content.
+        strict: Raise, and load nothing, when the checkpoint is not complete for the model.
 
     Returns:
-        What was found; :attr:`Report.complete` says whether anything but BatchFormer is missing or too much.
+        The report; :attr:`Report.complete` is False when anything but BatchFormer is missing or left over.
 
     Raises:
         ValueError: See ``strict`` and :func:`convert_checkpoint`.
@@ -161,13 +163,13 @@ def convert_checkpoint(checkpoint: str | os.PathLike[str] | Mapping[str, Any], m
     """Rename a checkpoint of the official code for a model of transformers; the model stays as it is.
 
     Args:
-        checkpoint: A ``.pth`` file, read as weights alone, or what it holds: a state dict, or a dict with one under
+        checkpoint: A ``.pth`` file, read as weights alone, or its content: a state dict, or a dict with one under
             ``"model"`` (and the settings of the run under ``"args"``).
-        model: See :func:`load_published`.
+        model: Model as for :func:`load_published`.
 
     Raises:
-        ValueError: When it is of none of the three detectors, or when the file is damaged or holds more than tensors
-            and settings.
+        ValueError: When the checkpoint is of none of the three detectors, or the file is damaged or holds more than
+            tensors and settings.
         FileNotFoundError: When there is no such file.
 
     Example:
@@ -206,10 +208,10 @@ def convert_checkpoint(checkpoint: str | os.PathLike[str] | Mapping[str, Any], m
 
 
 def published_kind(keys: Iterable[str]) -> Kind:
-    """Which of the three detectors a state dict of the official code is of.
+    """Return the detector that a state dict of the official code belongs to.
 
     Raises:
-        ValueError: When it is of none of them.
+        ValueError: When it belongs to none of the three.
 
     Example:
         >>> published_kind(["transformer.level_embed", "query_embed.weight"])
@@ -221,12 +223,12 @@ def published_kind(keys: Iterable[str]) -> Kind:
             return kind
     raise ValueError(
         "Expected a checkpoint of the official DETR, Conditional DETR or Deformable DETR code, got keys like "
-        f"{sorted(present)[:4]}. What transformers has saved loads with from_pretrained()."
+        f"{sorted(present)[:4]}. A model that transformers has saved loads with from_pretrained()."
     )
 
 
 def read_published(path: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a ``.pth`` file of the official code holds, loaded weights-only; a mapping is returned as it is.
+    """Read the content of a ``.pth`` file of the official code, weights-only; a mapping is returned as it is.
 
     Raises:
         ValueError: When the file is no checkpoint, is damaged, or holds Python objects.
@@ -246,7 +248,7 @@ def read_published(path: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[
         ) from error
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # what torch raises depends on where the bytes stop making sense
+    except Exception as error:  # torch raises many kinds of errors, depending on the first damaged byte
         raise ValueError(
             f"Expected a whole file of torch.save(), but {os.fspath(path)!r} cannot be read "
             f"({type(error).__name__}: {error}). It may be damaged or cut off: compare its size with the source's, or "
@@ -258,7 +260,7 @@ def read_published(path: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[
 
 
 def published_weights(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of an official checkpoint, without the prefixes of wrappers.
+    """Return the tensors of an official checkpoint, without the prefixes of wrappers.
 
     Example:
         >>> list(published_weights({"model": {"module.fc.weight": torch.zeros(2, 2)}, "epoch": 3}))
@@ -275,7 +277,7 @@ def published_weights(content: Mapping[str, Any]) -> dict[str, Tensor]:
 def _find_places(
     weights: Mapping[str, Tensor], kind: Kind, own: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """All but BatchFormer under the names of the model, and the keys that have none."""
+    """Return all tensors but BatchFormer's under the names of the model, and the keys that have no such name."""
     inside = "detr." if any(name.startswith("detr.") for name in own) else ""
     body = "model." if any(name.startswith(f"{inside}model.") for name in own) else ""
     found: dict[str, Tensor] = {}
@@ -291,7 +293,7 @@ def _find_places(
 
 
 def _renamed(key: str, kind: Kind, value: Tensor) -> list[tuple[tuple[str, ...], Tensor]]:
-    """What a tensor becomes: parts of it, each with the names it may have, in 5 and in 4.57."""
+    """Split a tensor into parts, each with the names that it may have in transformers 5 and 4.57."""
     if key.startswith("backbone.0.body."):
         inner = key.removeprefix("backbone.0.body.")
         holders = ("backbone.model.", "backbone.conv_encoder.model.")
@@ -332,7 +334,7 @@ def _renamed_in_layer(
 
 
 def _resnet_name(name: str) -> str:
-    """From the name of a ResNet's tensor in torchvision and timm to the one in transformers."""
+    """Translate the name of a ResNet's tensor from torchvision and timm to transformers."""
     if match := _BLOCK.fullmatch(name):
         stage, block, what, number, leaf = match.groups()
         place = "shortcut" if what == "downsample." else f"layer.{int(number) - 1}"
@@ -351,7 +353,7 @@ def _placed(name: str, inside: str, body: str) -> str:
 
 
 def _batchformer_layers(weights: Mapping[str, Tensor]) -> dict[int | None, dict[str, Tensor]]:
-    """Number of the encoder layer (``None``: one for all) -> state dict of a :class:`BatchFormer`."""
+    """Map the number of an encoder layer (``None``: one for all) to the state dict of a :class:`BatchFormer`."""
     groups: dict[int | None, dict[str, Tensor]] = {}
     for key, value in weights.items():
         if match := _BATCHFORMER.fullmatch(key):
@@ -362,7 +364,7 @@ def _batchformer_layers(weights: Mapping[str, Tensor]) -> dict[int | None, dict[
 
 
 def _batchformers(model: nn.Module) -> dict[str, list[int]]:
-    """Name of each inserted module -> numbers of the encoder layers it is behind."""
+    """Map the name of each inserted module to the numbers of the encoder layers that it comes after."""
     names = {id(module): name for name, module in model.named_modules() if isinstance(module, BatchFormer)}
     modules: dict[str, list[int]] = {}
     for hook in hooks_in(model):
@@ -374,7 +376,7 @@ def _batchformers(model: nn.Module) -> dict[str, list[int]]:
 def _fill_batchformers(
     modules: Mapping[str, list[int]], groups: Mapping[int | None, dict[str, Tensor]], found: dict[str, Tensor]
 ) -> list[str]:
-    """Give every module its tensors; returns the names of those that found no place."""
+    """Put the tensors of every module into ``found``; return the names of those that fit no module."""
     used: set[int | None] = set()
     for name, numbers in modules.items():
         fitting = [number for number in (None, *numbers) if number in groups]

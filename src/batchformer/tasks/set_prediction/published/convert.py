@@ -1,4 +1,4 @@
-"""A published checkpoint becomes a folder that transformers loads, and BatchFormer's weights a file beside it."""
+"""Conversion of a published checkpoint to a folder that transformers loads, with a file of BatchFormer's weights."""
 
 from pathlib import Path
 
@@ -13,18 +13,19 @@ HOW = """Detector:
     from transformers import {model}
     model = {model}.from_pretrained("{folder}")
 """
-# transformers' own loss of all layers changes the network, see `normalize_copies`.
+# The loss of all layers in transformers changes the network, see `normalize_copies`.
 HOW_ALL_LAYERS = """
-Going on with the loss of all decoder layers: as it is, the last layer's outputs alone are in the loss. transformers
-would then normalise between the layers, which the published network does not; `normalize_copies` keeps it from that.
-It is not saved with the model: set `auxiliary_loss` to False again before `save_pretrained`.
+Training with the loss of all decoder layers: without the lines below, the loss is on the outputs of the last layer
+alone. With `auxiliary_loss`, transformers also normalises between the layers, which the published network does not;
+`normalize_copies` prevents this. It is not saved with the model: set `auxiliary_loss` to False again before
+`save_pretrained`.
 
     from batchformer.tasks.set_prediction.decoder_norm import normalize_copies
     model.config.auxiliary_loss = True
     normalize_copies(model)
 """
 HOW_BATCHFORMER = """
-BatchFormer, to go on training with it:
+Training with BatchFormer:
 
     from batchformer import insert
     from safetensors.torch import load_file
@@ -37,16 +38,16 @@ def convert(checkpoint: Path, out: Path) -> tuple[str, list[Path]]:
     """Convert a checkpoint of the official DETR, Conditional DETR or Deformable DETR code, with BatchFormer or without.
 
     Args:
-        checkpoint: A ``.pth`` file; read as weights alone.
+        checkpoint: A ``.pth`` file, read as weights alone.
         out: Folder; gets ``config.json`` and ``model.safetensors`` of the plain network, ``batchformer.safetensors``
-            where the checkpoint has it, and ``README.md``, which says how to load them and to go on training. What an
-            earlier run left under these names goes; other files stay.
+            where the checkpoint has BatchFormer, and ``README.md``, which says how to load them and to go on training.
+            Files of these names from an earlier conversion are replaced or removed; other files stay.
 
     Returns:
-        What was found in the checkpoint, and the files that were written.
+        Report on the checkpoint, and the files that were written.
 
     Raises:
-        ValueError: When it is none of these, or not complete.
+        ValueError: When the checkpoint is of another network, or not complete.
         FileNotFoundError: When there is no such file.
         ImportError: When a package is missing; names the extra.
     """
@@ -62,7 +63,7 @@ def convert(checkpoint: Path, out: Path) -> tuple[str, list[Path]]:
         how += HOW_ALL_LAYERS
     out.mkdir(parents=True, exist_ok=True)
     written = [out / name for name in ("README.md", "config.json", "model.safetensors")]
-    # An earlier one would be taken for this checkpoint's.
+    # A file of an earlier conversion would be taken for this checkpoint's.
     (out / "batchformer.safetensors").unlink(missing_ok=True)
     model.save_pretrained(out)  # type: ignore[operator]
     if published.insertion is not None:

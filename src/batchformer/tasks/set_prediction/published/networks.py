@@ -1,9 +1,9 @@
-"""From a published checkpoint alone to the model of transformers that it is of: its tensors say how large it is.
+"""Models of transformers from published checkpoints alone, whose tensors tell all sizes.
 
 ::
 
     published = build_published("detr-r50.pth")
-    published.model.save_pretrained("detr-r50")       # DetrForObjectDetection.from_pretrained("detr-r50") from then on
+    published.model.save_pretrained("detr-r50")       # later: DetrForObjectDetection.from_pretrained("detr-r50")
 """
 
 import os
@@ -26,10 +26,11 @@ class Published(NamedTuple):
     """A published checkpoint as a model of transformers.
 
     Attributes:
-        model: The plain detector, loaded, in ``eval()``.
-        report: What the checkpoint holds.
-        insertion: Arguments of :func:`batchformer.insert` that put BatchFormer where the checkpoint has it (behind the
-            first encoder layer where it does not say), for ``load_published`` to fill; ``None`` where it has none.
+        model: Plain detector with the weights of the checkpoint, in ``eval()``.
+        report: Report on the checkpoint.
+        insertion: Arguments of :func:`batchformer.insert` that put BatchFormer where the checkpoint has it (after the
+            first encoder layer where it does not say); ``load_published`` then loads its weights. ``None`` where the
+            checkpoint has no BatchFormer.
     """
 
     model: nn.Module
@@ -38,11 +39,11 @@ class Published(NamedTuple):
 
 
 def build_published(path: str | os.PathLike[str] | Mapping[str, Any]) -> Published:
-    """Build the model that a checkpoint of the official code is of, and load it.
+    """Build the model of a checkpoint of the official code, and load the weights.
 
     Args:
         path: A ``.pth`` file of the official DETR, Conditional DETR or Deformable DETR code, with BatchFormer or
-            without; or what it holds.
+            without; or its content.
 
     Raises:
         ValueError: When the checkpoint is of another detector, or not complete.
@@ -80,7 +81,7 @@ def build_published(path: str | os.PathLike[str] | Mapping[str, Any]) -> Publish
 
 
 def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The command line of the run that made the checkpoint, where it is there."""
+    """Return the command line of the run that made the checkpoint; empty where it is not stored."""
     found = content.get("args")
     return dict(found) if isinstance(found, Mapping) else dict(vars(found)) if hasattr(found, "__dict__") else {}
 
@@ -126,7 +127,7 @@ def _backbone(weights: Mapping[str, Tensor], model: str) -> dict[str, Any]:
 
     body = {n.removeprefix("backbone.0.body."): v for n, v in weights.items() if n.startswith("backbone.0.body.")}
     stages = [f"layer{number}." for number in (1, 2, 3, 4)]
-    # The maps that are read: all for masks, one for each projection without a stride, the last.
+    # Number of maps that are read: all for masks, one for each projection without a stride, or the last.
     projections = (
         value.shape[-1] for name, value in weights.items() if re.fullmatch(r"input_proj\.\d\.0\.weight", name)
     )
@@ -143,7 +144,7 @@ def _backbone(weights: Mapping[str, Tensor], model: str) -> dict[str, Any]:
 
 
 def _count(names: Iterable[str], prefix: str) -> int:
-    """How many numbers from 0 follow a prefix."""
+    """Count the numbers from 0 that follow a prefix."""
     return 1 + max(int(name.removeprefix(prefix).partition(".")[0]) for name in names if name.startswith(prefix))
 
 

@@ -12,7 +12,7 @@ from .configuration import SmcaConfig
 
 
 class InProjection(nn.Linear):
-    """One of queries, keys and values; the three start as one stacked matrix, as in ``nn.MultiheadAttention``."""
+    """Projection to queries, keys or values; the three start as one stacked matrix, as in ``nn.MultiheadAttention``."""
 
 
 class Attention(nn.Module):
@@ -24,9 +24,9 @@ class Attention(nn.Module):
         SMCA (arXiv 2101.07448), section 3.2, spatially-modulated co-attention.
 
     Args:
-        dim: C.
-        num_heads: H, divides C.
-        drop: Dropout of the attention weights.
+        dim: C, number of channels.
+        num_heads: H, a divisor of C.
+        drop: Dropout rate of the attention weights, in 0..1.
     """
 
     def __init__(self, dim: int, num_heads: int, drop: float) -> None:
@@ -46,8 +46,8 @@ class Attention(nn.Module):
             query_BQC: Queries.
             key_BSC: Keys.
             value_BSC: Values.
-            bias: Broadcasts to (B, H, Q, S): boolean, True where attention is allowed, or numbers to add.
-            need_weights: Also give the weights; slower, and needs memory for all of them.
+            bias: Tensor that broadcasts to (B, H, Q, S): boolean, True where attention is allowed, or numbers to add.
+            need_weights: Return the weights too, which takes more time and memory for all of them.
 
         Returns:
             The output (B, Q, C) and the weights (B, H, Q, S), before dropout, or ``None``.
@@ -87,6 +87,6 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) to (..., C)."""
+        """Map (..., C) to (..., C)."""
         x = self.activation_dropout(self.activation(self.fc1(x)))
         return self.dropout(self.fc2(x))  # type: ignore[no-any-return]

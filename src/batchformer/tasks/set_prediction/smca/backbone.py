@@ -1,4 +1,4 @@
-"""The convolutional network in front of the transformer: any backbone that transformers' ``AutoBackbone`` knows."""
+"""Convolutional backbone of SMCA: any network that ``AutoBackbone`` of transformers knows."""
 
 import re
 from typing import Any, Self
@@ -16,11 +16,11 @@ _STAGE = re.compile(r"(?:^|[._])(?:(?:stages|layers|blocks)[._](?P<from_0>\d+)|(
 class SmcaBackbone(nn.Module):
     """Feature maps of an image with their masks.
 
-    What trains: the convolutions behind the first ``config.freeze_backbone_at`` parts; all batch norms keep their
-    statistics and their weights, in training too.
+    The convolutions after the first ``config.freeze_backbone_at`` parts train; all batch norms keep their statistics
+    and their weights, in training too.
 
     Args:
-        config: `SmcaConfig`; its ``backbone_config`` says which network, and which of its maps.
+        config: Settings, whose ``backbone_config`` names the network and its maps.
 
     Attributes:
         intermediate_channel_sizes: Channels of the maps.
@@ -34,28 +34,28 @@ class SmcaBackbone(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """As in torch, except that batch norms stay in eval mode."""
+        """Set the mode as torch does, but keep batch norms in eval mode."""
         super().train(mode)
         for module in _batch_norms(self):
             module.eval()
         return self
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Images (B, 3, height, width) and mask (B, height, width), 1 where they are, to maps with boolean masks."""
+        """Map images (B, 3, height, width) and their mask (B, height, width), 1 inside, to maps with boolean masks."""
         mask = pixel_mask[None].float()
         maps = self.model(pixel_values).feature_maps
         return [(x, F.interpolate(mask, size=x.shape[-2:]).bool()[0]) for x in maps]
 
 
 def freeze(backbone: nn.Module, parts: int) -> None:
-    """Let the batch norms and the first parts of a backbone not train.
+    """Freeze the batch norms and the first parts of a backbone.
 
     Args:
-        backbone: The network; stages are found by the names of its parameters, the stem is what comes before them.
-        parts: 0 freezes no convolution, 1 the stem, 2 also the first stage, and so on.
+        backbone: Network whose parameters' names show the stages; the parameters before them are the stem.
+        parts: Number of parts whose convolutions are frozen: 0 none, 1 the stem, 2 also the first stage, and so on.
 
     Raises:
-        ValueError: If ``parts`` is negative, or more than 0 in a network whose names show no stages.
+        ValueError: When ``parts`` is negative, or larger than 0 in a network whose names show no stages.
 
     Source:
         DETR (Carion et al. 2020), appendix A.4: batch norms, stem and first stage are frozen; SMCA follows it.
@@ -76,15 +76,15 @@ def freeze(backbone: nn.Module, parts: int) -> None:
             parameter.requires_grad_(False)
     if parts and not stage:
         raise ValueError(
-            f"Expected stages in parameter names (stages.0, layer1, blocks.0), {type(backbone).__name__} has none: "
-            "set freeze_backbone_at=0 and freeze what shall not train by requires_grad_(False)."
+            f"Expected stages in parameter names (stages.0, layer1, blocks.0), got a {type(backbone).__name__} "
+            "without them. Set freeze_backbone_at=0, and freeze parameters by requires_grad_(False)."
         )
     for module in _batch_norms(backbone):
         module.requires_grad_(False)
 
 
 def _forgotten(config: Any) -> dict[str, int]:
-    """What transformers 4 keeps in the configuration of a timm backbone without using it: the dilation."""
+    """Return the dilation, which transformers 4 keeps in the configuration of a timm backbone without using it."""
     stride = getattr(config, "output_stride", None)
     return {} if stride is None or hasattr(type(config)(), "output_stride") else {"output_stride": stride}
 

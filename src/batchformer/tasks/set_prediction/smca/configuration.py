@@ -1,4 +1,4 @@
-"""Settings of SMCA; the defaults are the paper's."""
+"""Configuration of SMCA, whose defaults are the paper's."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,44 +21,46 @@ class SmcaConfig(PretrainedConfig):  # type: ignore[misc]
         SMCA (arXiv 2101.07448), section 3.2 and the settings in section 4; ``prior_beta`` from the authors' code.
 
     Args:
-        backbone_config: Configuration (or its dict) of a backbone that ``AutoBackbone`` knows; its ``out_features`` or
-            ``out_indices`` say which maps it gives. ``None``: transformers' ResNet-50, random weights.
-        dilation: With ``backbone_config=None``: timm's ResNet-50 with a dilated last stage (DC5, stride 16).
-        freeze_backbone_at: How many leading parts of the backbone are not trained: 0 none, 1 the stem, 2 also the first
-            stage, and so on; the stages are counted by the names of the parameters. Batch norms are always frozen.
-        num_feature_levels: L. The last L maps of the backbone; what it lacks is added by convolutions of stride 2.
-        num_queries: Q, object queries: the most objects that an image can have.
+        backbone_config: Configuration (or its dict) of a backbone that ``AutoBackbone`` knows, with its maps in
+            ``out_features`` or ``out_indices``. ``None``: ResNet-50 of transformers with random weights.
+        dilation: Take a ResNet-50 of timm with a dilated last stage (DC5, stride 16), where ``backbone_config`` is
+            ``None``.
+        freeze_backbone_at: Number of leading parts of the backbone that do not train: 0 none, 1 the stem, 2 also the
+            first stage, and so on; stages are counted by the names of the parameters. Batch norms are always frozen.
+        num_feature_levels: L, number of levels. The last L maps of the backbone are used; convolutions of stride 2 make
+            the maps that it lacks.
+        num_queries: Q, number of object queries, and so the largest number of objects in an image.
         d_model: C, width of the transformer; a multiple of 4 and of the heads.
-        encoder_layers: Encoder layers; ``None``: 6 with one feature level, 5 with several.
-        encoder_attention: For each encoder layer "intra_scale" (tokens attend within their level) or "multi_scale"
-            (to all tokens). ``None``: with several levels "multi_scale" for the middle layer alone.
+        encoder_layers: Number of encoder layers; ``None``: 6 with one feature level, 5 with several.
+        encoder_attention: Attention of each encoder layer: "intra_scale" (tokens attend within their level) or
+            "multi_scale" (to all tokens). ``None``: with several levels "multi_scale" for the middle layer alone.
         encoder_ffn_dim: Width of the encoder's feed-forward layers; ``None``: 2048, with several levels 1024.
-        decoder_ffn_dim: As ``encoder_ffn_dim``, of the decoder.
-        encoder_attention_heads: Heads of the encoder.
-        decoder_layers: Decoder layers.
-        decoder_attention_heads: H, heads of the decoder.
-        dropout: After each attention and feed-forward layer.
-        attention_dropout: Of the attention weights.
-        activation_dropout: Inside the feed-forward layers.
-        activation_function: Of the feed-forward layers, a name that transformers knows.
+        decoder_ffn_dim: Width of the decoder's feed-forward layers; ``None``: 2048, with several levels 1024.
+        encoder_attention_heads: Number of heads in the encoder.
+        decoder_layers: Number of decoder layers.
+        decoder_attention_heads: H, number of heads in the decoder.
+        dropout: Dropout rate after each attention and feed-forward layer, in 0..1.
+        attention_dropout: Dropout rate of the attention weights.
+        activation_dropout: Dropout rate inside the feed-forward layers.
+        activation_function: Activation of the feed-forward layers, by a name that transformers knows.
         prior_scale: Extent of the Gaussian: "fixed" (1 cell), "single" (one predicted number), "width_height" (one for
             each axis).
         prior_heads: "independent": each head has its own offset from the query's center and its own extent (multi-head
             modulation). "shared": one Gaussian for all heads.
-        prior_beta: Bandwidth of the Gaussian, > 0.
-        auxiliary_loss: The loss also of the outputs of all decoder layers but the last.
-        class_cost: Weight of the class in matching; ``bbox_cost`` and ``giou_cost`` alike.
-        bbox_cost: See ``class_cost``.
-        giou_cost: See ``class_cost``.
-        cls_loss_coefficient: Weight of the class term for criteria that read it. transformers' loss, the default,
-            ignores it, for all of SMCA's siblings too, and takes 1.
+        prior_beta: Bandwidth of the Gaussian, larger than 0.
+        auxiliary_loss: Put the loss on the outputs of all decoder layers instead of the last one alone.
+        class_cost: Weight of the class in the matching.
+        bbox_cost: Weight of the L1 distance of the boxes in the matching.
+        giou_cost: Weight of the generalised IoU of the boxes in the matching.
+        cls_loss_coefficient: Weight of the class term for criteria that read it. The default, the loss of transformers,
+            takes 1 instead, for all of SMCA's siblings too.
         bbox_loss_coefficient: Weight of the L1 term.
         giou_loss_coefficient: Weight of the GIoU term.
-        focal_alpha: Of the focal loss.
-        **kwargs: As for every configuration of transformers (``num_labels``, ``id2label``, ...).
+        focal_alpha: Weight of a hit in the focal loss, in 0..1.
+        **kwargs: Arguments of every configuration of transformers (``num_labels``, ``id2label``, ...).
 
     Raises:
-        ValueError: If a word is unknown or the numbers do not fit together.
+        ValueError: When a word is unknown or the numbers do not fit together.
 
     Example:
         >>> config = SmcaConfig(num_feature_levels=3, num_labels=91)
@@ -162,7 +164,7 @@ class SmcaConfig(PretrainedConfig):  # type: ignore[misc]
 
 def _backbone_config(given: PretrainedConfig | dict[str, Any] | None, dilation: bool, single: bool) -> PretrainedConfig:
     if isinstance(given, dict):
-        # What a saved configuration holds; `from_dict` reads out_features as well.
+        # A saved configuration has a dict; `from_dict` reads out_features as well.
         return CONFIG_MAPPING[given["model_type"]].from_dict(given)
     if given is not None:
         return given

@@ -18,16 +18,16 @@ from .prior import log_gaussian
 
 @dataclass
 class SmcaModelOutput(ModelOutput):  # type: ignore[misc]
-    """What the decoder and `SmcaModel` give; the decoder leaves the encoder's parts out.
+    """Output of the decoder and of `SmcaModel`; the decoder leaves the encoder's parts out.
 
     Attributes:
-        last_hidden_state: (B, Q, C), of the decoder, normed.
-        encoder_last_hidden_state: (B, S, C).
-        intermediate_hidden_states: (decoder layers, B, Q, C), the normed output of every layer.
-        reference_logits: (B, Q, 2), centers (x, y) before the sigmoid, which gives them as parts of the image.
-        decoder_hidden_states: What went into the first layer and came out of each, not normed; on request.
-        encoder_hidden_states: The same of the encoder; on request.
-        cross_attentions: Co-attention weights (B, H, Q, S) of each layer; over all levels they sum to 1; on request.
+        last_hidden_state: Normed output of the last decoder layer, (B, Q, C).
+        encoder_last_hidden_state: Output of the encoder, (B, S, C).
+        intermediate_hidden_states: Normed output of every decoder layer, (decoder layers, B, Q, C).
+        reference_logits: Centers (x, y) before the sigmoid, which gives them as shares of the image, (B, Q, 2).
+        decoder_hidden_states: Input of the first decoder layer and output of each, not normed; on request.
+        encoder_hidden_states: Input of the first encoder layer and output of each; on request.
+        cross_attentions: Co-attention weights (B, H, Q, S) of each layer, which sum to 1 over all levels; on request.
     """
 
     last_hidden_state: Tensor | None = None
@@ -47,18 +47,18 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(dim, width) for width in [dim] * (layers - 1) + [out]])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) to (..., out)."""
+        """Map (..., dim) to (..., out)."""
         for layer in self.layers[:-1]:
             x = layer(x).relu()
         return self.layers[-1](x)  # type: ignore[no-any-return]
 
 
 class InverseExtent(nn.Linear):
-    """Predicts 1/s; starts from weights 0 and bias 1."""
+    """Layer that predicts 1/s; it starts from weights 0 and bias 1."""
 
 
 class SpatialPrior(nn.Module):
-    r"""The Gaussian of every query and head on every level.
+    r"""Gaussian prior of every query and head on every level.
 
     .. math:: c_h = \sigma(r)\,(X, Y) + \Delta c_h, \qquad (\Delta c_h, 1/s_h) = \mathrm{FC}(O_q)
 
@@ -82,7 +82,7 @@ class SpatialPrior(nn.Module):
     def forward(
         self, query_BQC: Tensor, reference_logits_BQ2: Tensor, valid_sizes_BL2: Tensor, spatial_shapes: Shapes
     ) -> list[Tensor]:
-        """The prior log G on each level, (B, H or 1, Q, cells of the level), at least float32."""
+        """Compute the prior log G on each level, (B, H or 1, Q, cells of the level), in at least float32."""
         dtype = torch.promote_types(query_BQC.dtype, torch.float32)  # half precision has 8 bits for a position
         center_B1Q2 = reference_logits_BQ2.to(dtype).sigmoid()[:, None]
         zero, one = center_B1Q2.new_zeros(()), center_B1Q2.new_ones(())
@@ -121,7 +121,7 @@ class SmcaDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         self.scale_selection = nn.Linear(dim, levels) if levels > 1 else None
         self.prior = SpatialPrior(config)
         predicts = any((self.prior.offset, self.prior.inverse_extent, self.scale_selection))
-        self.prior_layer_norm = nn.LayerNorm(dim) if predicts else nn.Identity()  # DDP wants no idle parameters
+        self.prior_layer_norm = nn.LayerNorm(dim) if predicts else nn.Identity()  # DDP refuses idle parameters
         self.encoder_attn = Attention(dim, heads, config.attention_dropout)
         self.encoder_attn_layer_norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(config.dropout)
@@ -140,21 +140,21 @@ class SmcaDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         spatial_shapes: Shapes,
         output_attentions: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """One layer.
+        """Decode one layer.
 
         Args:
-            hidden_states: (B, Q, C).
-            object_queries_position_embeddings: (B, Q, C), the learned queries.
-            encoder_hidden_states: (B, S, C).
-            encoder_attention_mask: (B, S), 1 or True for tokens of the image; ``None``: no padding.
-            spatial_position_embeddings: (B, S, C), added to the keys.
-            reference_logits: (B, Q, 2).
-            valid_sizes: (B, L, 2), see `prior.valid_size`.
-            spatial_shapes: (rows, columns) of each level.
-            output_attentions: Also give the co-attention weights (B, H, Q, S).
+            hidden_states: Queries' states (B, Q, C).
+            object_queries_position_embeddings: Learned queries (B, Q, C).
+            encoder_hidden_states: Output of the encoder (B, S, C).
+            encoder_attention_mask: Mask (B, S), 1 or True for tokens of the image; ``None``: no padding.
+            spatial_position_embeddings: Positions (B, S, C) that are added to the keys.
+            reference_logits: Reference points (B, Q, 2) before the sigmoid.
+            valid_sizes: Size of the image on each level (B, L, 2), see `prior.valid_size`.
+            spatial_shapes: Number of rows and columns of each level.
+            output_attentions: Return the co-attention weights (B, H, Q, S) too.
 
         Returns:
-            (B, Q, C), or a pair with the weights.
+            States (B, Q, C), or a pair of them and the weights.
         """
         query = hidden_states + object_queries_position_embeddings
         predictor = self.prior_layer_norm(query)  # O_q
@@ -203,7 +203,7 @@ class SmcaDecoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
 
 
 class SmcaDecoder(nn.Module):
-    r"""The decoder layers on a common reference point of each query, :math:`r = \mathrm{MLP}(\mathrm{LN}(O_q))`.
+    r"""Decoder layers with a common reference point of each query, :math:`r = \mathrm{MLP}(\mathrm{LN}(O_q))`.
 
     Source:
         SMCA (arXiv 2101.07448), section 3.2, dynamic spatial weight maps.
@@ -228,7 +228,7 @@ class SmcaDecoder(nn.Module):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
     ) -> SmcaModelOutput:
-        """``inputs_embeds`` (B, Q, C) enters the first layer; the other arguments are those of `SmcaDecoderLayer`."""
+        """Decode ``inputs_embeds`` (B, Q, C); the other arguments are those of `SmcaDecoderLayer`."""
         reference_logits = self.ref_point_head(self.reference_layer_norm(object_queries_position_embeddings))
         hidden_states, seen, normed, weights = inputs_embeds, [inputs_embeds], [], []
         for layer in self.layers:

@@ -15,15 +15,15 @@ Shapes = tuple[tuple[int, int], ...]
 
 
 def split_levels(x_BS: Tensor, spatial_shapes: Shapes) -> tuple[Tensor, ...]:
-    """The tokens (B, S, ...) of each level."""
+    """Split tokens (B, S, ...) into those of each level."""
     return x_BS.split([rows * columns for rows, columns in spatial_shapes], 1)  # type: ignore[no-any-return]
 
 
 class SmcaEncoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
     """Post-norm transformer layer over image tokens.
 
-    ``attention="intra_scale"``: each token attends to its own level; weights are shared by the levels.
-    ``attention="multi_scale"``: each token attends to the tokens of all levels. With one level they are the same.
+    With ``attention="intra_scale"`` each token attends to its own level, and all levels share the weights. With
+    ``attention="multi_scale"`` each token attends to the tokens of all levels. With one level the two are equal.
 
     Source:
         SMCA (arXiv 2101.07448), section 3.2, multi-scale visual features.
@@ -45,16 +45,17 @@ class SmcaEncoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
         spatial_position_embeddings: Tensor | None = None,
         spatial_shapes: Shapes | None = None,
     ) -> Tensor:
-        """One layer.
+        """Encode one layer.
 
         Args:
-            hidden_states: (B, S, C).
-            attention_mask: (B, S), 1 or True for tokens of the image, 0 or False for padding; ``None``: no padding.
-            spatial_position_embeddings: (B, S, C), added to queries and keys.
-            spatial_shapes: (rows, columns) of each level; ``None``: one level.
+            hidden_states: Tokens (B, S, C).
+            attention_mask: Mask (B, S), 1 or True for tokens of the image, 0 or False for padding; ``None``: no
+                padding.
+            spatial_position_embeddings: Positions (B, S, C) that are added to queries and keys.
+            spatial_shapes: Number of rows and columns of each level; ``None``: one level.
 
         Returns:
-            (B, S, C).
+            Tokens (B, S, C).
         """
         query = hidden_states if spatial_position_embeddings is None else hidden_states + spatial_position_embeddings
         allowed = None if attention_mask is None else attention_mask.bool()
@@ -73,7 +74,7 @@ class SmcaEncoderLayer(GradientCheckpointingLayer):  # type: ignore[misc]
 
 
 class SmcaEncoder(nn.Module):
-    """The encoder layers, ``config.encoder_attention`` word by word."""
+    """Encoder layers, one for each word of ``config.encoder_attention``."""
 
     def __init__(self, config: SmcaConfig) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ class SmcaEncoder(nn.Module):
         spatial_shapes: Shapes | None = None,
         output_hidden_states: bool = False,
     ) -> BaseModelOutput:
-        """Arguments as of `SmcaEncoderLayer.forward`; the output holds ``last_hidden_state`` (B, S, C)."""
+        """Encode; arguments are those of `SmcaEncoderLayer.forward`, the output has ``last_hidden_state`` (B, S, C)."""
         hidden_states, seen = inputs_embeds, [inputs_embeds]
         for layer in self.layers:
             # By position: reentrant checkpointing gives gradients to positional arguments only.

@@ -23,14 +23,14 @@ from .prior import sine_positions, valid_size
 
 @dataclass
 class SmcaObjectDetectionOutput(ModelOutput):  # type: ignore[misc]
-    """What `SmcaForObjectDetection` gives; the first two with labels only, the rest as in `SmcaModelOutput`.
+    """Output of `SmcaForObjectDetection`; the attributes that are not listed are those of `SmcaModelOutput`.
 
     Attributes:
-        loss: The weighted sum, a scalar.
-        loss_dict: Its terms.
-        logits: (B, Q, K), sigmoid gives the probability of each class.
-        pred_boxes: (B, Q, 4), (center x, center y, width, height) as parts of the image without padding.
-        auxiliary_outputs: ``logits`` and ``pred_boxes`` of the decoder layers but the last, with labels.
+        loss: Weighted sum of the terms, a scalar; ``None`` without labels.
+        loss_dict: Terms of the loss; ``None`` without labels.
+        logits: Class logits (B, Q, K), whose sigmoid is the probability of each class.
+        pred_boxes: Boxes (B, Q, 4), (center x, center y, width, height) as shares of the image without padding.
+        auxiliary_outputs: ``logits`` and ``pred_boxes`` of all decoder layers except the last; ``None`` without labels.
     """
 
     loss: Tensor | None = None
@@ -48,11 +48,11 @@ class SmcaObjectDetectionOutput(ModelOutput):  # type: ignore[misc]
 
 
 class Classifier(nn.Linear):
-    """Predicts the classes; each starts with probability 0.01."""
+    """Layer that predicts the classes; each starts with probability 0.01."""
 
 
 class SmcaPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
-    """Initial values, loading and saving."""
+    """Base class for initial values, loading and saving."""
 
     config_class = SmcaConfig
     base_model_prefix = "model"
@@ -64,7 +64,7 @@ class SmcaPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, except that what the configuration freezes is frozen."""
+        """Load as in transformers, and freeze the parts that the configuration names."""
         # transformers 5 gives new parameters to the model when it loads, and all of them require gradients.
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -73,8 +73,8 @@ class SmcaPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         return loaded
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Xavier for what is linear and N(0, 1) for queries, as DETR; `InverseExtent` and `Classifier` their own."""
-        # Functions of nn.init, on leaves alone: transformers 5 keeps them off parameters that it has loaded.
+        """Draw from Xavier's rule, queries from N(0, 1), as in DETR; `InverseExtent` and `Classifier` are constant."""
+        # With functions of nn.init, on leaves alone: transformers 5 skips them for parameters that it has loaded.
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
         elif isinstance(module, InverseExtent):
@@ -87,7 +87,7 @@ class SmcaPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
 
 class SmcaModel(SmcaPreTrainedModel):
-    """Backbone, encoder and decoder: images to one vector for each object query.
+    """Backbone, encoder and decoder, from images to one vector for each object query.
 
     ``backbone`` may be replaced by any module with ``forward(pixel_values, pixel_mask) -> [(map, mask), ...]`` and the
     same ``intermediate_channel_sizes``.
@@ -96,7 +96,7 @@ class SmcaModel(SmcaPreTrainedModel):
         SMCA (arXiv 2101.07448), section 3.
 
     Args:
-        config: `SmcaConfig`.
+        config: Configuration.
     """
 
     def __init__(self, config: SmcaConfig) -> None:
@@ -118,7 +118,7 @@ class SmcaModel(SmcaPreTrainedModel):
         self.post_init()
 
     def _levels(self, pixel_values: Tensor, pixel_mask: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Projected maps (B, C, rows, columns) and masks of the L levels."""
+        """Return projected maps (B, C, rows, columns) and masks of the L levels."""
         features = self.backbone(pixel_values, pixel_mask)[-len(self.input_projection) :]
         projections = list(self.input_projection)
         levels = [(p(x), mask) for p, (x, mask) in zip(projections, features, strict=False)]
@@ -141,14 +141,14 @@ class SmcaModel(SmcaPreTrainedModel):
         """Encode the image, decode the queries.
 
         Args:
-            pixel_values: (B, 3, height, width), padded at the bottom and right.
-            pixel_mask: (B, height, width), 1 or True where the image is; ``None``: no padding.
-            output_attentions: Give ``cross_attentions``; ``None``: as the configuration says.
-            output_hidden_states: Give the states of every layer; ``None``: as the configuration says.
-            **kwargs: Not used; transformers passes some.
+            pixel_values: Images (B, 3, height, width), padded at the bottom and right.
+            pixel_mask: Mask (B, height, width), 1 or True where the image is; ``None``: no padding.
+            output_attentions: Return ``cross_attentions``; ``None``: as the configuration says.
+            output_hidden_states: Return the states of every layer; ``None``: as the configuration says.
+            **kwargs: Arguments that transformers passes and SMCA does not use.
 
         Returns:
-            `SmcaModelOutput`.
+            States, references and, on request, attention weights.
         """
         if output_attentions is None:
             output_attentions = bool(self.config.output_attentions)
@@ -202,7 +202,7 @@ class SmcaForObjectDetection(SmcaPreTrainedModel):
         SMCA (arXiv 2101.07448), section 3.2, box prediction; section 4 for the focal loss.
 
     Args:
-        config: `SmcaConfig`.
+        config: Configuration.
 
     Example:
         >>> from transformers import ResNetConfig
@@ -231,19 +231,19 @@ class SmcaForObjectDetection(SmcaPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> SmcaObjectDetectionOutput:
-        """Detect.
+        """Detect objects.
 
         Args:
-            pixel_values: (B, 3, height, width), padded at the bottom and right.
-            pixel_mask: (B, height, width), 1 or True where the image is; ``None``: no padding.
-            labels: For each image ``class_labels`` (T,) in 0..K-1 and ``boxes`` (T, 4), (center x, center y, width,
-                height) as parts of the image.
-            output_attentions: Give ``cross_attentions``.
-            output_hidden_states: Give the states of every layer.
-            **kwargs: Not used; transformers passes some.
+            pixel_values: Images (B, 3, height, width), padded at the bottom and right.
+            pixel_mask: Mask (B, height, width), 1 or True where the image is; ``None``: no padding.
+            labels: Targets of each image: ``class_labels`` (T,) in 0..K-1 and ``boxes`` (T, 4), (center x, center y,
+                width, height) as shares of the image.
+            output_attentions: Return ``cross_attentions``.
+            output_hidden_states: Return the states of every layer.
+            **kwargs: Arguments that transformers passes and SMCA does not use.
 
         Returns:
-            `SmcaObjectDetectionOutput`.
+            Logits, boxes, and with labels the loss.
         """
         outputs = self.model(
             pixel_values,

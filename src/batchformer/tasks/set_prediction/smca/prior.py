@@ -6,7 +6,7 @@ Axes, used as suffixes of names:
     Y  rows of a feature map      X  its columns      S  its cells, S = Y * X, row by row      C  channels
 
 Positions are pairs (x, y). Cell (i, j) of a map has its center at (i + 1/2, j + 1/2), in cells of that map. (The
-authors' code takes (i, j), which is half a cell off the box coordinates that the same center serves.)
+authors' code takes (i, j), half a cell away from the coordinates of boxes with the same center.)
 """
 
 import math
@@ -16,13 +16,13 @@ from torch import Tensor
 
 
 def valid_size(mask_BYX: Tensor) -> Tensor:
-    """How many cells of a padded map an image fills.
+    """Count the cells of a padded map that an image fills, along both axes.
 
     Args:
-        mask_BYX: Boolean, True where the image is; padding is at the bottom and right.
+        mask_BYX: Boolean mask, True where the image is; padding is at the bottom and right.
 
     Returns:
-        (B, 2), columns and rows.
+        Columns and rows, (B, 2).
 
     Example:
         >>> valid_size(torch.tensor([[[True, True, False, False]]]))
@@ -32,17 +32,17 @@ def valid_size(mask_BYX: Tensor) -> Tensor:
 
 
 def sine_positions(mask_BYX: Tensor, channels: int, temperature: float = 10000.0) -> Tensor:
-    """Sine and cosine embedding of the cells of a map: first half of the channels for y, second half for x.
+    """Embed the cells of a map by sines and cosines: first half of the channels for y, second half for x.
 
     Positions are counted from 1 and divided by the size of the image (without padding) times 2 pi.
 
     Args:
-        mask_BYX: Boolean, True where the image is.
+        mask_BYX: Boolean mask, True where the image is.
         channels: C, a multiple of 4.
-        temperature: The longest wave length divided by the shortest.
+        temperature: Ratio of the longest wave length to the shortest.
 
     Returns:
-        (B, S, C), float32.
+        Embeddings (B, S, C), float32.
 
     Source:
         DETR (Carion et al. 2020), appendix A.4, on Vaswani et al. 2017, section 3.5.
@@ -62,21 +62,21 @@ def sine_positions(mask_BYX: Tensor, channels: int, temperature: float = 10000.0
 
 
 def log_gaussian(center_BHQ2: Tensor, inverse_BHQ2: Tensor, shape: tuple[int, int], beta: float) -> Tensor:
-    r"""Logarithm of the spatial prior of each query and head on the cells of a map.
+    r"""Compute the logarithm of the spatial prior of each query and head on the cells of a map.
 
     .. math:: \log G(x, y) = -\frac{(x - c_x)^2}{\beta s_x^2} - \frac{(y - c_y)^2}{\beta s_y^2}
 
-    The extent enters by its inverse :math:`1/s`, which may be any number: no division by zero. Neither is :math:`G`
-    formed, whose logarithm would be minus infinity where it underflows.
+    The extent enters by its inverse :math:`1/s`, which may be any number, so that nothing is divided by zero. :math:`G`
+    itself is not computed, since its logarithm would be minus infinity where it underflows.
 
     Args:
         center_BHQ2: Centers (x, y) in cells.
-        inverse_BHQ2: 1/s for x and y, per cell; broadcasts to the shape of the centers.
-        shape: (Y, X).
-        beta: Bandwidth.
+        inverse_BHQ2: 1/s for x and y, per cell, broadcast to the shape of the centers.
+        shape: Rows Y and columns X of the map.
+        beta: Bandwidth, larger than 0.
 
     Returns:
-        (B, H, Q, S), at most 0.
+        Logarithms (B, H, Q, S), at most 0.
 
     Source:
         SMCA (arXiv 2101.07448), section 3.2, dynamic spatial weight maps and multi-head modulation.
