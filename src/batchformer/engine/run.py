@@ -98,7 +98,7 @@ def fit(
 
 def _plan_of(recipe: Path, overrides: Sequence[str], folder: Path) -> tuple[LightningCLI, list[PlannedStage]]:
     """Parse a recipe and the settings of all its stages, so that what is wrong is said before the first one."""
-    whole = parse(recipe, overrides, **_surroundings(folder, []))
+    whole = parse(recipe, overrides, **_surroundings(folder))
     stages = plan(whole.config.get("stages"), whole.model.stages)
     if whole.config.get("stages"):
         asked = any(word.startswith("--trainer.max_epochs=") for word in overrides)
@@ -108,9 +108,9 @@ def _plan_of(recipe: Path, overrides: Sequence[str], folder: Path) -> tuple[Ligh
                 f"--stages.{stages[-1].stage.name}.epochs."
             )
         # The recipe's own epochs give way to those of stages that are asked for on top of it.
-        whole = parse(recipe, overrides, ["--trainer.max_epochs=null"], **_surroundings(folder, []))
+        whole = parse(recipe, overrides, ["--trainer.max_epochs=null"], **_surroundings(folder))
     for planned in stages:
-        trainer = parse(recipe, overrides, planned.overrides, **_surroundings(folder, [])).trainer
+        trainer = parse(recipe, overrides, planned.overrides, **_surroundings(folder)).trainer
         if getattr(trainer, "fast_dev_run", False) or trainer.limit_test_batches == 0:
             raise ConfigError(
                 "Expected a run that is saved and tested, got trainer.fast_dev_run or trainer.limit_test_batches=0. "
@@ -126,10 +126,10 @@ def _parse_stage(
     planned: PlannedStage,
     folder: Path,
     stage: Stage,
-    callbacks: list[Callback],
+    callbacks: Sequence[Callback] = (),
 ) -> LightningCLI:
-    """Parse and instantiate a stage."""
-    cli = parse(recipe, overrides, planned.overrides, **_surroundings(folder, callbacks))
+    """Parse and instantiate a stage; without callbacks it is only tested."""
+    cli = parse(recipe, overrides, planned.overrides, **_surroundings(folder, callbacks, saves=bool(callbacks)))
     cli.model.stage = stage
     cli.trainer.strategy.checkpoint_io = WholeCheckpoints()
     return cli
@@ -173,9 +173,9 @@ def test(run: Path) -> dict[str, float | None]:
     # However many devices trained it: one process meets every test image once, and can be had anywhere.
     alone = ("--trainer.devices=1", "--trainer.strategy=auto", "--trainer.num_nodes=1")
     config = run / RUN_CONFIG
-    whole = parse(config, alone, **_surroundings(run, []))
+    whole = parse(config, alone, **_surroundings(run))
     stages = plan(whole.config.get("stages"), whole.model.stages)
-    cli = _parse_stage(config, alone, stages[-1], run, with_start(run, stages, stages[-1]), [])
+    cli = _parse_stage(config, alone, stages[-1], run, with_start(run, stages, stages[-1]))
     cli.trainer.test(cli.model, cli.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
     return _tested(cli.trainer.callback_metrics)
 
@@ -204,7 +204,8 @@ def _refuse_another_run(folder: Path) -> None:
         raise FileExistsError(f"{folder} has a run already. Go on with --resume, or choose another --name.")
 
 
-def _surroundings(folder: Path, callbacks: list[Callback]) -> dict[str, Any]:
+def _surroundings(folder: Path, callbacks: Sequence[Callback] = (), *, saves: bool = True) -> dict[str, Any]:
+    """Return the Trainer's arguments that are not a recipe's business; ``saves`` is off where nothing is trained."""
     shown = sys.stderr.isatty()
     return {
         "default_root_dir": str(folder),
@@ -212,7 +213,7 @@ def _surroundings(folder: Path, callbacks: list[Callback]) -> dict[str, Any]:
         "callbacks": [*callbacks, *([TQDMProgressBar()] if shown else [])],
         "enable_progress_bar": shown,
         "enable_model_summary": False,
-        "enable_checkpointing": bool(callbacks),
+        "enable_checkpointing": saves,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
         "deterministic": True,
@@ -222,7 +223,7 @@ def _surroundings(folder: Path, callbacks: list[Callback]) -> dict[str, Any]:
 def _write_config(folder: Path, text: str, resume: bool) -> None:
     path = folder / RUN_CONFIG
     if resume and path.exists():
-        before = dump(parse(path, **_surroundings(folder, [])))  # in today's terms, with today's defaults
+        before = dump(parse(path, **_surroundings(folder)))  # in today's terms, with today's defaults
         if changed := differences(before, text):
             listed = "".join(f"\n  {line}" for line in changed)
             raise ConfigError(
