@@ -96,6 +96,8 @@ def test_paco_trains_both_streams_against_the_keys_of_one() -> None:
     assert math.isfinite(made.loss(made.run(views), views).item())
     with pytest.raises(ValueError, match="two views and class indices"):
         made.run((images, targets))
+    with pytest.raises(ValueError, match=r"one view of each image.*data.two_views=false"):
+        built().run(views)
 
 
 def test_a_teacher_adds_its_term_and_is_no_part_of_the_task(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from batchformer.data import images as files
+from batchformer.data.atomic import atomic_file
 from batchformer.data.transforms import image_eval, normalize
 from batchformer.tasks.training.contract import Exportable
 
@@ -52,6 +53,7 @@ def predict_classes(plain: Exportable, images: Sequence[Path], out: Path, *, top
             ]
     if broken:
         raise ValueError(f"Expected image files, but {len(broken)} cannot be decoded:{''.join(broken)}")
-    with (out / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
+    path = out / "predictions.csv"
+    with atomic_file(path) as scratch, scratch.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([("image", "rank", "class", "probability"), *rows])
-    return [out / "predictions.csv"]
+    return [path]

@@ -18,6 +18,7 @@ from .loss_ride import routing
 from .metrics import MEASURES, LongTailMetrics, RoutedMetrics
 from .model import build_network, build_stage, final_logits
 from .older_versions import translate_settings
+from .paco import PaCo
 from .restore import FORMAT, load_network
 from .ride import RIDE, RoutedOutput, RoutingOutput
 from .settings import LossSettings, NetworkSettings, refuse_mismatch
@@ -69,8 +70,7 @@ class LongTailTask(Task):
         seed: int = 0,
     ) -> None:
         super().__init__(batchformer, optimizer, ema=ema, channels_last=channels_last, compile=compile, seed=seed)
-        self.network_settings, self.loss_settings = network, loss
-        self.tau, self.teacher = tau, teacher
+        self.network_settings, self.loss_settings, self.tau, self.teacher = network, loss, tau, teacher
 
     def check(self) -> None:
         """Refuse a loss that the network or the stage has no outputs for, and a stage without a start."""
@@ -104,8 +104,9 @@ class LongTailTask(Task):
         images, targets = batch
         if not isinstance(images, list | tuple):
             return self.network(self.formatted(images))
-        first, second = (self.formatted(view) for view in images)
-        return self.network(first, second, targets)
+        if not isinstance(self.network, PaCo):
+            raise ValueError("Expected one view of each image, since PaCo alone takes two. Set data.two_views=false.")
+        return self.network(*(self.formatted(view) for view in images), targets)
 
     def loss(self, outputs: Any, batch: Any) -> Tensor:
         """Return the weighted mean of both streams' losses, or the loss of the one stream."""
