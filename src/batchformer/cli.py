@@ -254,7 +254,7 @@ def _fit(arguments: argparse.Namespace) -> None:
     from .engine.recipes import find_recipe
 
     recipe = find_recipe(arguments.recipe)  # before the slow imports
-    from .engine.config import dump, parse
+    from .engine.config import dump, measures_of, parse
     from .engine.metrics import line
     from .engine.run import first_rank, fit, quiet
 
@@ -272,17 +272,17 @@ def _fit(arguments: argparse.Namespace) -> None:
         recipe.path, arguments.overrides, folder, name=recipe.name, resume=arguments.resume, command=arguments.command
     )
     if first_rank():
-        print(line(result["metrics"], result.get("measures", ())))
+        print(line(result["metrics"], measures_of(recipe.path)))
         print(f"Run: {folder}")
 
 
 def _test(arguments: argparse.Namespace) -> None:
-    from .engine.config import measures_of
+    from .engine.config import RUN_CONFIG, measures_of
     from .engine.metrics import line
     from .engine.run import test
 
     run = Path(arguments.run_folder)
-    print(line(test(run), measures_of(run)))
+    print(line(test(run), measures_of(run / RUN_CONFIG)))
 
 
 def _compare(arguments: argparse.Namespace) -> None:

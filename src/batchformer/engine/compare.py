@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from batchformer.data.atomic import alone_in, write_json, write_text
 from batchformer.tasks.training.arms import ARMS
-from batchformer.tasks.training.contract import Unit
+from batchformer.tasks.training.contract import Measure, Unit
 from batchformer.tasks.training.task import Task
 
 from .config import setting, task_of
@@ -78,7 +78,7 @@ def compare(
     }
     with alone_in(folder) if first_rank() else nullcontext(), _keeping_the_plan(folder, resume):
         _write_plan(folder, asked)
-        _run_all(recipe, overrides, folder, asked, units, say)
+        _run_all(recipe, overrides, folder, asked, units, task.measures, say)
     return folder
 
 
@@ -88,6 +88,7 @@ def _run_all(
     folder: Path,
     plan: dict[str, Any],
     units: Mapping[str, Unit],
+    measures: Sequence[Measure],
     say: Callable[[str], None],
 ) -> None:
     runs = [(arm, seed, unit) for seed in plan["seeds"] for unit in units.values() for arm in plan["arms"]]
@@ -98,7 +99,7 @@ def _run_all(
         own = [*overrides, "--trainer.devices=1", f"--seed={seed}", f"--model.batchformer.arm={arm}"]
         own += [word(key, value) for key, value in unit.settings.items()]
         result = _run_in_process(recipe, own, run, plan["recipe"], unit.name or None, plan["command"])
-        value = shown(plan["primary"], result["metrics"].get(plan["primary"]), result.get("measures", ()))
+        value = shown(plan["primary"], result["metrics"].get(plan["primary"]), measures)
         note = "kept" if before else f"{result['cost']['train_seconds']:.0f} s of training"
         who = f"{arm}, seed {seed}{f', {unit.name}' if unit.name else ''}"
         say(f"[{finished}/{len(runs)}] {who}: {value} ({note})")

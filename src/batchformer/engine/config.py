@@ -5,7 +5,6 @@ import difflib
 import io
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -18,6 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from batchformer.tasks.training.checkpoint import no_run
+from batchformer.tasks.training.contract import Measure
 
 from .errors import ConfigError
 from .stages import StageSettings, fold
@@ -123,10 +123,10 @@ def _in_todays_terms(
     if now == before:
         return str(recipe), list(overrides)
     if recipe.name != RUN_CONFIG:
-        gone, new = ([key for key in one if key not in other] for one, other in ((before, now), (now, before)))
+        gone = ", ".join(key for key in before if key not in now)
+        new = ", ".join(f"{key}={value}" for key, value in now.items() if before.get(key) != value)
         warnings.warn(
-            f"Settings of an older version in {recipe} or its overrides: {', '.join(gone)}. In today's terms they are: "
-            f"{', '.join(f'{key}={now[key]}' for key in new)}.",
+            f"Settings of an older version in {recipe} or its overrides: {gone}. In today's terms they are: {new}.",
             FutureWarning,
             stacklevel=1,  # one place, so that it is shown once however often the recipe is read
         )
@@ -149,6 +149,9 @@ def dump(cli: LightningCLI) -> str:
     config = cli.config.clone()
     for name in ("config", *(f"trainer.{name}" for name in CIRCUMSTANCES)):
         config.pop(name, None)
+    for stage in config.get("stages") or ():
+        # A stage says what differs from the settings of the run, so that equal runs have equal configs.
+        stage.settings = {key: value for key, value in stage.settings.items() if config.get(key) != value}
     text: str = cli.parser.dump(config, skip_none=False, skip_link_targets=True)
     return text
 
@@ -216,9 +219,9 @@ def run_part(run: Path, part: str) -> ModuleType:
     return task_part(task_of(config), part)
 
 
-def measures_of(run: Path) -> list[dict[str, Any]]:
-    """Return the measures of the task that a run is of, as result.json has them."""
-    return [asdict(measure) for measure in task_class(task_of(run / RUN_CONFIG)).measures]
+def measures_of(config: Path) -> tuple[Measure, ...]:
+    """Return the measures of the task that a recipe, or the config of a run, is for."""
+    return task_class(task_of(config)).measures
 
 
 def _read(recipe: Path) -> dict[str, Any]:

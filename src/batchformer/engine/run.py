@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from batchformer.core import BatchFormer
 from batchformer.data.atomic import alone_in, write_json, write_text
+from batchformer.tasks.training.checkpoint import checkpoint_of
 from batchformer.tasks.training.contract import Stage
 from batchformer.tasks.training.task import Task
 
@@ -89,7 +90,7 @@ def fit(
             cli.trainer.test(
                 cli.model, cli.datamodule, ckpt_path=last_checkpoint(folder), verbose=False, weights_only=True
             )
-        result = _result(cli, name, unit, cost, costs(folder, stages, cost))
+        result = _result(cli, name, unit, cost, costs(folder, stages, cost, cli.trainer.max_epochs))
         if cli.trainer.is_global_zero:
             write_json(folder / "result.json", result)
             write_text(folder / DONE, "")
@@ -166,9 +167,7 @@ def test(run: Path) -> dict[str, float | None]:
     Raises:
         FileNotFoundError: When the run has no checkpoint.
     """
-    checkpoint = last_checkpoint(run)
-    if not checkpoint.exists():
-        raise FileNotFoundError(f"Expected {checkpoint}, but it is not there. Train first, or go on with fit --resume.")
+    checkpoint = checkpoint_of(run)
     quiet()
     # However many devices trained it: one process meets every test image once, and can be had anywhere.
     alone = ("--trainer.devices=1", "--trainer.strategy=auto", "--trainer.num_nodes=1")

@@ -215,16 +215,23 @@ def finish(folder: Path, planned: PlannedStage, trainer: Trainer) -> None:
     trainer.strategy.barrier("stage")
 
 
-def costs(folder: Path, stages: Sequence[PlannedStage], now: Cost) -> list[dict[str, Any]]:
-    """Return what every stage cost, one record each; those of earlier stages come from their checkpoints."""
+def costs(folder: Path, stages: Sequence[PlannedStage], now: Cost, epochs: int | None) -> list[dict[str, Any]]:
+    """Return the cost of every stage, one record each; those of earlier stages come from their checkpoints.
+
+    Args:
+        folder: Folder of the run.
+        stages: Stages of the run.
+        now: Cost of the last stage.
+        epochs: Epochs of a stage that does not say how many it has.
+    """
     records = []
     for planned in stages:
-        cost, epochs = now, planned.stage.epochs
+        cost, own = now, planned.stage.epochs
         if not planned.last:
             path, cost = finished_checkpoint(folder, planned.stage), Cost()
             if not path.exists():
                 continue
             cost.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["callbacks"][cost.state_key])
         measured = {"step_ms": cost.step_ms(), "train_seconds": cost.train_seconds}
-        records.append({"name": planned.stage.name, "epochs": epochs, **measured})
+        records.append({"name": planned.stage.name, "epochs": epochs if own is None else own, **measured})
     return records

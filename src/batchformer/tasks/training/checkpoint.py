@@ -150,5 +150,6 @@ def no_run(folder: str | Path, missing: str) -> FileNotFoundError:
         hint = f" Give one of its runs, such as {runs[0]}." if runs else " It has no run yet."
         return FileNotFoundError(f"Expected a run folder, got the comparison {folder}.{hint}")
     return FileNotFoundError(
-        f"Expected a run folder with {missing}, or a checkpoint file, got {folder}. batchformer fit writes run folders."
+        f"Expected a run folder with {missing}, or a checkpoint file, got {folder}. Train one with batchformer fit, or "
+        "go on with its --resume."
     )
