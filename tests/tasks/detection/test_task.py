@@ -25,7 +25,7 @@ DETECTORS = ["detr", "conditional_detr", "deformable_detr", "smca"]
 Make = Callable[..., Any]
 
 
-def plug_in(arm: Any = "batchformer", **settings: Any) -> BatchFormerSettings:
+def inserted(arm: Any = "batchformer", **settings: Any) -> BatchFormerSettings:
     return BatchFormerSettings(arm, before=None, after=["model.encoder.layers.0"], **settings)
 
 
@@ -35,7 +35,7 @@ def ready(small: Make, data: Make, trainer: Make) -> Callable[..., tuple[Detecti
 
     def make(detector: str = "conditional_detr", arm: str = "batchformer", **settings: Any) -> Any:
         module = data(cache_features=True, augment="flip")
-        task = DetectionTask(small(detector), batchformer=plug_in(arm, **settings))
+        task = DetectionTask(small(detector), batchformer=inserted(arm, **settings))
         runner: Trainer = trainer()
         runner.datamodule = module
         module.trainer = task.trainer = runner
@@ -143,7 +143,7 @@ def test_the_global_generator_is_left_alone_by_the_build(ready: Make) -> None:
 def run(small: Make, data: Make, trainer: Make, detector: str = "conditional_detr", **settings: Any) -> Any:
     task = DetectionTask(
         small(detector, trains=settings.pop("trains", "nothing"), checkpointing=settings.pop("checkpointing", False)),
-        batchformer=plug_in(settings.pop("arm", "batchformer")),
+        batchformer=inserted(settings.pop("arm", "batchformer")),
         optimizer=DetectorOptimizerSettings(lr=1e-3, schedule="constant"),
         ema=settings.pop("ema", None),
     )
