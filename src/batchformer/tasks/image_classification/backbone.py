@@ -6,12 +6,13 @@ ResNets can be split by `stages` into the part that RIDE's experts share and the
 
 from collections import OrderedDict
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from batchformer.tasks.pretrained.weights import create_timm
 
 __all__ = ["BACKBONES", "ResNet", "create_backbone", "stages"]
 
@@ -153,7 +154,7 @@ def create_backbone(
     Raises:
         ValueError: If the name is unknown, or ``reduced`` or ``pretrained`` cannot be had for it.
         ImportError: If timm or torchvision is missing.
-        RuntimeError: If pretrained weights could not be loaded.
+        OSError: If pretrained weights could not be downloaded.
 
     Example:
         >>> create_backbone("small_resnet", in_channels=1).num_features
@@ -174,29 +175,19 @@ def create_backbone(
 
 
 def _from_timm(name: str, in_channels: int, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError("Backbones come from timm: pip install 'batchformer[longtail]'") from error
-    if not timm.is_model(name.removeprefix("timm/").split(".")[0]) and not name.startswith(("hf-hub:", "local-dir:")):
-        near = get_close_matches(name, dict.fromkeys([*BACKBONES, *timm.list_models()]), n=3)
-        raise ValueError(
-            f"Unknown backbone {name!r}. {'Did you mean ' + ', '.join(near) + '? ' if near else ''}"
-            f"Own: {', '.join(BACKBONES)}; timm's: timm.list_models()."
-        )
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, in_chans=in_channels, num_classes=0, **kwargs)
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
-        raise RuntimeError(
-            f"The pretrained weights of {name!r} could not be loaded ({type(error).__name__}: {error}). They are "
-            "downloaded at first use: run once with a network, give a file with "
-            "pretrained_cfg_overlay={'file': ...}, or set pretrained=False."
-        ) from error
+    model: Any = create_timm(
+        name,
+        pretrained=pretrained,
+        advice="Or give a file with pretrained_cfg_overlay={'file': ...}, or set pretrained=False.",
+        own_names=tuple(BACKBONES),
+        google_lite0=False,  # runs of earlier versions have timm's
+        in_chans=in_channels,
+        num_classes=0,
+        **kwargs,
+    )
     # Some timm models put a hidden layer between pooling and classifier; their features are that layer's.
     model.num_features = getattr(model, "head_hidden_size", model.num_features)
-    return model
+    return model  # type: ignore[no-any-return]
 
 
 def stages(backbone: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -22,7 +22,14 @@ LITE0 = "efficientnet_lite0"
 
 
 def create_timm(
-    name: str, *, pretrained: bool, weights: str | Path | None = None, advice: str = "", **options: Any
+    name: str,
+    *,
+    pretrained: bool,
+    weights: str | Path | None = None,
+    advice: str = "",
+    own_names: Sequence[str] = (),
+    google_lite0: bool = True,
+    **options: Any,
 ) -> nn.Module:
     """Create a network of timm and load its weights.
 
@@ -31,6 +38,9 @@ def create_timm(
         pretrained: Start from ImageNet weights.
         weights: File of weights in the network's own layout, read instead of a download if ``pretrained`` is on.
         advice: Sentence for the error of a failed download: the settings by which the user gets around it.
+        own_names: Names of a task's own networks, which the error about an unknown name offers as well.
+        google_lite0: Whether :data:`LITE0` is the network that Google published, with the weights of its package, or
+            timm's network of that name, which pads otherwise.
         options: Passed to ``timm.create_model``, for example ``num_classes=0`` or ``features_only=True``.
 
     Raises:
@@ -48,15 +58,20 @@ def create_timm(
         import timm
     except ImportError as error:
         raise ImportError("timm is missing, which backbones come from: pip install 'batchformer[vision]'") from error
-    known = _timm_name(name)
+    lite0 = name == LITE0 and google_lite0
+    known = f"tf_{LITE0}" if lite0 else name
     elsewhere = known.startswith(("hf-hub:", "local-dir:"))
     if not elsewhere and not timm.is_model(known.removeprefix("timm/").split(".")[0]):
-        near = ", ".join(difflib.get_close_matches(known, [LITE0, *timm.list_models()], n=3))
-        raise ValueError(f"Unknown backbone {known!r}." + (f" Did you mean {near}?" if near else ""))
-    own = name == LITE0 or weights is not None
+        names = dict.fromkeys([LITE0, *own_names, *timm.list_models()])
+        near = ", ".join(difflib.get_close_matches(known, names, n=3))
+        own_ones = f" Own: {', '.join(own_names)}; timm's: timm.list_models()." if own_names else ""
+        raise ValueError(f"Unknown backbone {known!r}." + (f" Did you mean {near}?" if near else "") + own_ones)
+    own = lite0 or weights is not None
     try:
         network: nn.Module = timm.create_model(known, pretrained=pretrained and not own, **options)
     except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
         raise weights_error(name, error, advice) from error
     if pretrained and own:
         load_weights(network, read_weights(Path(weights) if weights is not None else _lite0_file()), known)
@@ -130,10 +145,6 @@ def weights_error(name: str, error: Exception, advice: str) -> OSError:
         f"downloaded at first use, so run once with a network. {advice}"
     )
     return OSError(text.rstrip())
-
-
-def _timm_name(name: str) -> str:
-    return f"tf_{LITE0}" if name == LITE0 else name
 
 
 def _lite0_file() -> Path:
