@@ -70,7 +70,7 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["ls", "longtail/fashion"], "All of them: batchformer ls"),
         (["data", "get", "mnist"], "Expected the name of a known data set, one of fashion-mnist"),
         (["data", "get"], "Expected the name of a data set"),
-        (["test", "no/such/run"], "Train first"),
+        (["test", "no/such/run"], "Train one with batchformer fit"),
         (["report", "no/such/run"], "does not exist"),
         (["export", "no/such/run"], "Expected a run folder"),
         (["compare", "--seeds", "many"], "a number or a list such as 0,1,2, got 'many'"),

@@ -35,7 +35,7 @@ ALSO_OPEN = {
 }
 
 # What tasks share, below tasks/: no task themselves, open to every task and to nothing of one.
-SHARED = {"training", "image_classification", "set_prediction"}
+SHARED = {"training", "pretrained", "image_classification", "set_prediction"}
 TASKS = sorted(
     path for path in (SOURCE / "tasks").iterdir() if (path / "__init__.py").exists() and path.name not in SHARED
 )

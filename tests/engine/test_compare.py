@@ -195,6 +195,6 @@ def test_a_run_that_is_killed_is_named(small: Small, tmp_path: Path) -> None:
 
 
 def test_a_second_stage_is_not_compared(small: Small, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="so that all arms are alike"):
-        compared(small, tmp_path / "both", "--model.stage.second=crt")
+    with pytest.raises(ConfigError, match="is not trained in the stage crt, so every arm would be identical"):
+        compared(small, tmp_path / "both", "--stages.crt.epochs=1", "--stages.crt.start_from=first")
     assert not (tmp_path / "both").exists()
