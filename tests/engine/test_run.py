@@ -182,7 +182,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="a checkpoint of the task 'longtail', got .* without the entry"):
         load_network(tmp_path / "other.ckpt")
-    with pytest.raises(FileNotFoundError, match=r"last.ckpt, but it is not there. Train first"):
+    with pytest.raises(FileNotFoundError, match=r"Expected a run folder with checkpoints/last.ckpt, .* Train one with batchformer fit"):
         engine.test(tmp_path)
 
 
