@@ -208,6 +208,38 @@ def test_functions_are_short() -> None:
     assert not long
 
 
+RELATIVE = re.compile(r"(What|Who|Whether|Which|How|When|Where|That|If|The same|Its|Of)\b")
+VERBLESS = re.compile(r"^\s+\w+: (Of|The same)\b.*", re.MULTILINE)
+
+
+def unclear(docstring: str) -> bool:
+    """Whether a docstring begins with a relative clause, or describes an argument by "Of ..." alone."""
+    return bool(RELATIVE.match(docstring) or VERBLESS.search(docstring))
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun() -> None:
+    found = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and unclear(ast.get_docstring(node) or ""):
+                found.append(f"{path.relative_to(SOURCE)}: {getattr(node, 'name', 'module')}")
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("docstring", "expected"),
+    [
+        ("What a run leaves.", True),
+        ("Whether it trains.", True),
+        ("Return it.\n\nArgs:\n    lr: Of the network.", True),
+        ("Return whether it trains.\n\nArgs:\n    lr: Learning rate of the network.", False),
+        ("Whatever.", False),
+    ],
+)
+def test_an_unclear_docstring_is_seen(docstring: str, expected: bool) -> None:
+    assert unclear(docstring) is expected
+
+
 def test_core_and_import_need_torch_alone() -> None:
     code = (
         "import sys, batchformer\n"

@@ -87,7 +87,7 @@ class Restored(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckpointFormat:
-    """How the checkpoints of a task are read.
+    """Format of the checkpoints of a task, and the way to read them.
 
     Attributes:
         task: Name of the task; its checkpoints hold an entry of this name.
