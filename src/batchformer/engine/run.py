@@ -229,6 +229,8 @@ def _write_config(folder: Path, text: str, resume: bool) -> None:
                 f"Expected the settings that {folder} was started with, got others:{listed}\n"
                 "Resume with the same settings, or start another run with --name."
             )
+        if differences(path.read_text(encoding="utf-8"), before):
+            write_text(path, before)  # a run of an earlier version stands in one table with those of today
         return
     _refuse_another_run(folder)
     write_text(path, text)

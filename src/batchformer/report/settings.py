@@ -80,7 +80,8 @@ def _lines(run: Run, other: Run, *, arms: bool = False) -> list[str]:
         return []
     lines = []
     for key in sorted(ours.keys() | theirs.keys()):
-        one, two = ours.get(key, "absent"), theirs.get(key, "absent")
+        # A setting that an earlier version did not have is one that is not set.
+        one, two = ours.get(key, "null"), theirs.get(key, "null")
         if one != two and key not in _FREE and not (arms and key.startswith(_FREE_BETWEEN_ARMS)):
             lines.append(f"Setting {key} differs: {one} in {run.name}, {two} in {other.name}.")
     return lines
@@ -88,7 +89,7 @@ def _lines(run: Run, other: Run, *, arms: bool = False) -> list[str]:
 
 def _own_settings(run: Run) -> dict[str, str]:
     """Settings as text, in which the run's own folder, arm, seed and unit are replaced by placeholders."""
-    settings = {key: str(value) for key, value in settings_of(run.config).items()}
+    settings = {key: "null" if value is None else str(value) for key, value in settings_of(run.config).items()}
     for text in (str(run.path), run.name, run.name.replace("/", "-")):
         settings = {key: value.replace(text, "<run>") for key, value in settings.items()}
     return settings
