@@ -153,8 +153,10 @@ def _train(cli: LightningCLI, folder: Path, stage: Stage, history: History) -> N
     if start is None:
         continue_counting(stage, trainer, history)
     trainer.fit(cli.model, cli.datamodule, ckpt_path=start, weights_only=True)
-    if not checkpoint.exists():
-        trainer.save_checkpoint(checkpoint)  # a stage of no epochs, such as tau-normalization, is a stage all the same
+    # A stage of no epochs, such as tau-normalization, is a stage all the same. The first rank decides for all: by the
+    # time that another one looks, the file may have its final name.
+    if trainer.strategy.broadcast(not checkpoint.exists()):
+        trainer.save_checkpoint(checkpoint)
         history.write()
 
 
