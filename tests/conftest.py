@@ -1,18 +1,33 @@
-"""Writers of tiny data sets in their real on-disk formats, and tiny detectors of transformers with their batches."""
+"""Writers of tiny data sets in their real on-disk formats, tiny detectors of transformers, processes of the command."""
 
 import gzip
 import json
+import os
 import pickle
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from commands import Command, serving
 from PIL import Image
+
+# Each worker of pytest-xdist computes on one core, and so do the processes that tests start: several threads on few
+# cores wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+pytest.register_assert_rewrite("recipe_runs")
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    """Processes of the command line. Tests that use it belong to the group `processes` of tests/shared/ranks.py."""
+    with serving(tmp_path_factory.mktemp("command")) as command:
+        yield command
 
 
 def idx_bytes(array: np.ndarray) -> bytes:

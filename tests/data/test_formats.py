@@ -54,6 +54,7 @@ def test_cifar_agrees_with_a_plain_reading(classes: int, tmp_path: Path, write_c
         (gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x05abcde")[:-9], "could not read"),
         (gzip.compress(b""), "Expected an idx file"),
     ],
+    ids=["no gzip", "another type", "too short", "cut off", "empty"],  # the bytes have the time in them
 )
 def test_damaged_idx(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "labels.gz").write_bytes(content)

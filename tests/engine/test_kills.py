@@ -5,76 +5,23 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from commands import Command
+from ranks import processes
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
+pytestmark = [
+    processes,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+]
 Small = Callable[..., list[str]]
-
-
-class Command:
-    """`batchformer` processes, forked off one that has the slow imports done."""
-
-    def __init__(self, scratch: Path, *imports: str) -> None:
-        self.output = scratch / "output.txt"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "BATCHFORMER_DATA": str(scratch / "data")}
-        self.server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("prefork.py")), *imports],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-
-    def start(self, *argv: str, trap: str = "") -> int:
-        assert self.server.stdin is not None
-        assert self.server.stdout is not None
-        self.server.stdin.write(json.dumps({"argv": argv, "output": str(self.output), "trap": trap}) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-    def end(self) -> tuple[int, str]:
-        """The exit status of the process started last, and what it said."""
-        assert self.server.stdout is not None
-        return int(self.server.stdout.readline()), self.output.read_text(encoding="utf-8")
-
-    def run(self, *argv: str, trap: str = "") -> tuple[int, str]:
-        self.start(*argv, trap=trap)
-        return self.end()
-
-
-@contextmanager
-def serving(scratch: Path, *imports: str) -> Iterator[Command]:
-    command = Command(scratch, *imports)
-    yield command
-    with command.server:
-        try:
-            command.server.communicate(timeout=60)
-        except subprocess.TimeoutExpired:  # after a test that failed
-            command.server.kill()
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
-    with serving(tmp_path_factory.mktemp("command")) as command:
-        yield command
-
-
-@pytest.fixture(scope="module")
-def detectors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
-    """The same for the tasks whose networks are transformers'."""
-    models = [f"transformers.models.{name}.modeling_{name}" for name in ("deformable_detr", "conditional_detr")]
-    with serving(tmp_path_factory.mktemp("detectors"), "batchformer.tasks.panoptic.task", *models) as command:
-        yield command
 
 
 def same_end(one: Path, other: Path) -> None:
@@ -103,11 +50,14 @@ def assert_equal(one: Any, other: Any) -> None:
 EPOCHS, STEPS = 3, 3
 KINDS = {
     "average": ["--model.ema=0.7", "--data.sampler=progressive", "--model.optimizer.warmup_epochs=2"],
-    "ride": [
+    "ride": [  # in two stages, the second of one epoch
         "--model.network.kind=ride",
         "--model.loss.name=ride",
         "--model.loss.settings.reweight_epoch=1",
         "--data.mixup_alpha=0.5",
+        "--stages.train.epochs=2",
+        "--stages.routing.epochs=1",
+        "--stages.routing.settings.data.mixup_alpha=0",
     ],
     "paco": [
         "--model.network.kind=paco",
@@ -122,7 +72,7 @@ KINDS = {
 def test_killed_again_and_again_ends_with_the_same_numbers(
     kind: str, command: Command, small: Small, tmp_path: Path
 ) -> None:
-    settings = [*small(*KINDS[kind], epochs=EPOCHS), f"--out={tmp_path}"]
+    settings = [*small(*KINDS[kind], epochs=None if kind == "ride" else EPOCHS), f"--out={tmp_path}"]
     status, said = command.run("fit", "longtail/folder", "--name=whole", *settings)
     assert status == 0, said
     lines = said.splitlines()  # no warning, no progress bar, no word of Lightning's
@@ -136,6 +86,7 @@ def test_killed_again_and_again_ends_with_the_same_numbers(
         f"at_step:{STEPS + dice.randrange(STEPS)}",  # in the second epoch, counted from the first
         "in_checkpoint:0",  # the second one: the first must stay
         "in_file:metrics.csv",
+        *(["in_file:train.ckpt"] if kind == "ride" else []),  # between the stages
         f"at_step:{dice.randrange(STEPS)}",  # in the second epoch or in the last
         "in_test",  # nothing is left to train
         "in_file:result.json",
@@ -158,6 +109,7 @@ def test_killed_again_and_again_ends_with_the_same_numbers(
     # Nothing half written is left over in the end.
     assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == sorted(
         ["config.yaml", "environment.json", "metrics.csv", "result.json", "done", "last.ckpt"]
+        + (["train.ckpt"] if kind == "ride" else [])
     )
     status, said = command.run("fit", str(folder), "--resume")
     assert (status, "is finished already" in said) == (0, True)
@@ -176,7 +128,6 @@ TINY = [
     "--model.network.num_queries=8",
     "--model.network.dropout=0.1",
     "--model.optimizer.warmup_epochs=0",
-    "--trainer.max_epochs=3",
     "--trainer.check_val_every_n_epoch=1",
 ]
 
@@ -204,23 +155,29 @@ def killed_and_resumed(
 
 @pytest.mark.slow
 def test_a_killed_detector_ends_with_the_same_numbers(
-    detectors: Command, write_coco: Callable[..., Path], tmp_path: Path
+    command: Command, write_coco: Callable[..., Path], tmp_path: Path
 ) -> None:
     root = write_coco(tmp_path / "coco", {"train": 8, "val": 4, "test": 4})
-    settings = [f"--data.root={root}", *TINY, "--model.network.backbone.name=resnet18"]
+    settings = [f"--data.root={root}", *TINY, "--model.network.backbone.name=resnet18", "--trainer.max_epochs=3"]
     traps = [("at_step:1", 0), ("at_step:3", 1), ("in_checkpoint:0", 2), ("in_file:result.json", 3)]
-    killed_and_resumed(detectors, "detection/folder", settings, traps, tmp_path / "runs")
+    killed_and_resumed(command, "detection/folder", settings, traps, tmp_path / "runs")
 
 
 @pytest.mark.slow
 def test_a_mask_head_killed_on_its_detector_ends_with_the_same_numbers(
-    detectors: Command, write_panoptic: Callable[..., Path], tmp_path: Path
+    command: Command, write_panoptic: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The first epoch is the detector's: what trains the mask head was not there when the first checkpoint was."""
     root = write_panoptic(tmp_path / "panoptic", count=8)
-    settings = [f"--data.root={root}", *TINY, "--model.stage.name=both", "--model.stage.detector_epochs=1"]
-    traps = [("at_step:3", 1), ("in_checkpoint:0", 2), ("at_step:3", 2), ("in_file:result.json", 3)]
-    killed_and_resumed(detectors, "panoptic/folder", settings, traps, tmp_path / "runs")
+    settings = [f"--data.root={root}", *TINY, "--stages.detector.epochs=1", "--stages.masks.epochs=2"]
+    traps = [
+        ("in_file:detector.ckpt", 1),
+        ("at_step:1", 1),
+        ("in_checkpoint:0", 2),
+        ("at_step:3", 2),
+        ("in_file:result.json", 3),
+    ]
+    killed_and_resumed(command, "panoptic/folder", settings, traps, tmp_path / "runs")
 
 
 def wait_for(file: Path, lines: int) -> None:

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-distributed = pytest.mark.xdist_group("distributed")
-"""Mark of tests with several processes each: one worker runs them all, so that no two of them run at a time."""
+processes = pytest.mark.xdist_group("processes")
+"""Mark of tests that start processes of their own and wait for them: one worker runs all of these, one by one."""
 
 
 def _rank(rank: int, world: int, folder: str, check: Callable[..., None], arguments: Sequence[Any]) -> None:

@@ -2,8 +2,8 @@
 
 Its arguments are further modules to import.
 
-Each line is JSON: ``argv``, ``output`` (file of stdout and stderr) and ``trap``, where the process kills itself. It
-answers with the process id, and with the exit status once the process has ended.
+Each line is JSON: ``argv``, ``output`` (file of stdout and stderr), ``trap``, where the process kills itself, and
+``environment``. It answers in JSON with ``pid``, and with ``pid`` and ``status`` once the process has ended.
 """
 
 import importlib
@@ -20,7 +20,7 @@ import torch
 
 from batchformer import cli
 from batchformer.engine import run
-from batchformer.tasks.longtail.task import LongTailTask
+from batchformer.tasks.training.task import Task
 
 
 def die() -> None:
@@ -75,7 +75,7 @@ def in_file(name: str) -> None:
 
 def in_test(_: str) -> None:
     """While the test images are looked at."""
-    LongTailTask.test_step = lambda self, batch, batch_idx: die()  # type: ignore[method-assign]
+    Task.test_step = lambda self, batch, batch_idx: die()  # type: ignore[method-assign]
 
 
 TRAPS = {trap.__name__: trap for trap in (at_step, in_checkpoint, in_file, in_test)}
@@ -86,14 +86,22 @@ def serve() -> None:
         order = json.loads(line)
         if (pid := os.fork()) == 0:
             become(order)
-        print(pid, flush=True)
-        threading.Thread(
-            target=lambda pid=pid: print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-        ).start()
+        answer({"pid": pid})
+        threading.Thread(target=wait, args=(pid,)).start()
+
+
+def wait(pid: int) -> None:
+    answer({"pid": pid, "status": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])})
+
+
+def answer(content: dict[str, int]) -> None:
+    # Not through sys.stdout, whose lock a thread may hold while another process is forked off.
+    os.write(1, (json.dumps(content) + "\n").encode())
 
 
 def become(order: dict[str, Any]) -> None:
     os.setsid()
+    os.environ.update(order["environment"])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests run in the background
     output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
