@@ -21,6 +21,24 @@ def timm_model(name: str, **settings: Any) -> Build:
     return lambda: timm.create_model(name, num_classes=K, **settings)
 
 
+def timm_class(path: str, **settings: Any) -> Build:
+    module, _, cls = path.rpartition(".")
+    return lambda: getattr(getattr(timm.models, module), cls)(num_classes=K, **settings)
+
+
+def timm_vgg() -> nn.Module:
+    """VGG with 16 features in the place of its 4,096, for which a BatchFormer of that width would take seconds."""
+    model = timm.models.vgg.VGG(cfg=[8, "M", 8, "M"], num_classes=K, mlp_ratio=0.01)
+    model.pre_logits = timm.models.vgg.ConvMlp(8, 16)
+    model.head = timm.layers.ClassifierHead(16, K)
+    return model
+
+
+def timm_dla() -> nn.Module:
+    widths = [8, 8, 16, 16, 32, 32]
+    return timm.models.dla.DLA(levels=[1] * 6, channels=widths, num_classes=K, block=timm.models.dla.DlaBasic)
+
+
 def torchvision_model(name: str, **settings: Any) -> Build:
     return lambda: torchvision.models.get_model(name, weights=None, num_classes=K, **settings)
 
@@ -82,13 +100,17 @@ TABLE: dict[str, tuple[Build, int, list[str]]] = {
     "timm maxvit": (timm_model("maxvit_rmlp_pico_rw_256", img_size=64), 64, ["head.fc"]),
     "timm regnet": (timm_model("regnetx_002"), 32, ["head.fc"]),
     "timm densenet": (timm_model("densenet121", block_config=(1, 1, 1, 1)), 32, ["classifier"]),
-    "timm vgg": (timm_model("vgg11", mlp_ratio=0.02), 32, ["head.fc"]),
+    "timm vgg": (timm_vgg, 32, ["head.fc"]),
     "timm resnetv2, 1x1 convolution": (timm_model("resnetv2_50", layers=(1, 1, 1, 1)), 32, ["head.fc"]),
-    "timm dla, 1x1 convolution": (timm_model("dla34"), 64, ["fc"]),
+    "timm dla, 1x1 convolution": (timm_dla, 64, ["fc"]),
     "timm levit, distilled": (timm_model("levit_128s", img_size=64), 64, ["head.linear", "head_dist.linear"]),
     "timm repvit": (timm_model("repvit_m0_9"), 64, ["head.head.l", "head.head_dist.l"]),
     "timm iformer, undistilled": (timm_model("iformer_t"), 64, ["head.head.l"]),
-    "timm volo, patch head": (timm_model("volo_d1_224", img_size=64), 64, ["head", "aux_head"]),
+    "timm volo, patch head": (
+        timm_class("volo.VOLO", img_size=64, layers=[1] * 4, embed_dims=[16, 32, 32, 32], num_heads=[2] * 4),
+        64,
+        ["head", "aux_head"],
+    ),
     "torchvision resnet": (torchvision_model("resnet18"), 32, ["fc"]),
     "torchvision efficientnet": (torchvision_model("efficientnet_b0"), 32, ["classifier.1"]),
     "torchvision mobilenet_v3": (torchvision_model("mobilenet_v3_small"), 32, ["classifier.3"]),
