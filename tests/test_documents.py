@@ -4,13 +4,13 @@ import re
 import runpy
 import shlex
 import struct
-import subprocess
 import sys
 from gzip import compress
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import processes, torchrun
 
 from batchformer import cli
 
@@ -94,12 +94,9 @@ def test_examples_run(
     assert re.search(r"accuracy|plain network", capsys.readouterr().out)
 
 
+@processes
 def test_the_example_with_two_processes_runs(fashion_mnist: Path) -> None:
-    command = ["torchrun", "--standalone", "--nproc-per-node=2", str(ROOT / "examples/two_processes.py")]
-    command = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
-    done = subprocess.run(
-        [*command, f"--data={fashion_mnist}", "--images=130"], capture_output=True, text=True, timeout=300, check=False
-    )
+    done = torchrun(str(ROOT / "examples/two_processes.py"), f"--data={fashion_mnist}", "--images=130")
     assert done.returncode == 0, done.stderr
     assert "2 processes, last loss" in done.stdout
 

@@ -1,7 +1,5 @@
 """Real processes on gloo: different data and uneven batches on every rank; gradients compared with one process."""
 
-import datetime
-import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import processes, run_on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -202,34 +200,12 @@ def one_sample_each_is_no_single_sample(rank: int, world: int) -> None:
     assert BatchFormer(DIM, gather="all")(torch.randn(1, DIM)).shape == (2, DIM)
 
 
-def worker(rank: int, world: int, store: str, checks: list[Callable[[int, int], None]], folder: str) -> None:
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    try:
-        dist.init_process_group(
-            "gloo",
-            store=dist.FileStore(store, world),
-            rank=rank,
-            world_size=world,
-            timeout=datetime.timedelta(seconds=60),
-        )
-        for check in checks:
-            check(rank, world)
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        Path(folder, f"rank{rank}").write_text(traceback.format_exc())
-        raise
+def all_of(rank: int, world: int, checks: list[Callable[[int, int], None]]) -> None:
+    for check in checks:
+        check(rank, world)
 
 
-def run(world: int, checks: list[Callable[[int, int], None]], folder: Path) -> None:
-    try:
-        mp.spawn(worker, (world, str(folder / "store"), checks, str(folder)), nprocs=world)
-    except mp.ProcessRaisedException as error:
-        told = "\n".join(path.read_text() for path in sorted(folder.glob("rank*")))
-        raise AssertionError(told or str(error)) from None
-
-
+@processes
 @pytest.mark.timeout(240)
 def test_two_processes(tmp_path: Path) -> None:
     checks = [
@@ -245,12 +221,13 @@ def test_two_processes(tmp_path: Path) -> None:
         compiled,
         wrong_gather_is_seen,  # last: it breaks the gather
     ]
-    run(2, checks, tmp_path)
+    run_on_ranks(2, all_of, tmp_path, checks)
 
 
+@processes
 @pytest.mark.timeout(240)
 def test_three_processes(tmp_path: Path) -> None:
-    run(3, [plain_processes, under_ddp, uneven_rows_are_gathered_without_gradient], tmp_path)
+    run_on_ranks(3, all_of, tmp_path, [plain_processes, under_ddp, uneven_rows_are_gathered_without_gradient])
 
 
 def test_without_a_process_group_all_is_none() -> None:

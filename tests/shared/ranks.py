@@ -30,7 +30,7 @@ def _rank(rank: int, world: int, folder: str, check: Callable[..., None], argume
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
-        Path(folder, f"rank{rank}").write_text(traceback.format_exc(), encoding="utf-8")
+        Path(folder, f"failed{rank}.txt").write_text(traceback.format_exc(), encoding="utf-8")
         raise
 
 
@@ -49,7 +49,7 @@ def run_on_ranks(world: int, check: Callable[..., None], folder: Path, *argument
     try:
         mp.spawn(_rank, (world, str(folder), check, arguments), nprocs=world)
     except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        told = "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("rank*")))
+        told = "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("failed*.txt")))
         raise AssertionError(told or str(error)) from None
 
 

@@ -1,11 +1,11 @@
 """The metrics against loops in numpy, and their behaviour where there is nothing to measure."""
 
-import multiprocessing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ranks import processes, run_on_ranks
 from torch import Tensor
 
 from batchformer.tasks.longtail.imbalance import shot_groups
@@ -130,26 +130,18 @@ def test_a_diverged_network_is_never_right() -> None:
     assert result["ece"].isnan()
 
 
-def _one_rank(rank: int, world: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    torch.set_num_threads(1)
+def one_rank(rank: int, world: int, folder: Path) -> None:
     logits, target = predictions(301)
     cut = 100  # uneven: 100 and 201 samples
     mine = slice(0, cut) if rank == 0 else slice(cut, None)
     metrics = LongTailMetrics(K, GROUP_CLASSES)
     metrics.update(logits[mine], target[mine])
-    torch.save(metrics.compute(), Path(folder) / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(metrics.compute(), folder / f"rank{rank}.pt")
 
 
+@processes
 def test_two_processes_with_uneven_parts_report_the_whole(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_one_rank, args=(rank, 2, str(tmp_path))) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-        assert worker.exitcode == 0
+    run_on_ranks(2, one_rank, tmp_path, tmp_path)
     for rank in range(2):
         assert_equal(torch.load(tmp_path / f"rank{rank}.pt", weights_only=True), slow_metrics(*predictions(301)))
 

@@ -1,10 +1,10 @@
 """PaCo's momentum encoder and queue, and which rows double."""
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import processes, run_on_ranks
 from torch import Tensor
 
 from batchformer import insert
@@ -122,9 +122,7 @@ def test_a_checkpoint_of_an_earlier_version_loads() -> None:
     assert all(value.equal(other.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def _one_rank(rank: int, world: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    torch.set_num_threads(1)
+def one_rank(rank: int, world: int, folder: Path) -> None:
     model = network(queue_size=10)
     outputs = []
     for step in range(3):
@@ -137,19 +135,13 @@ def _one_rank(rank: int, world: int, folder: str) -> None:
             "at": model.queue.position,
             "keys": [output.keys[: 2 + rank + step] for step, output in enumerate(outputs)],
         },
-        Path(folder) / f"rank{rank}.pt",
+        folder / f"rank{rank}.pt",
     )
-    torch.distributed.destroy_process_group()
 
 
+@processes
 def test_two_processes_fill_their_queues_alike(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_one_rank, args=(rank, 2, str(tmp_path))) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-        assert worker.exitcode == 0
+    run_on_ranks(2, one_rank, tmp_path, tmp_path)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     ring, labels, at = torch.zeros(10, 6), [-1] * 10, 0
     for step in range(3):

@@ -1,14 +1,11 @@
 """The number of targets is the ranks' mean: real processes on gloo, uneven targets, gradients against one process."""
 
-import datetime
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import processes, run_on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -55,23 +52,14 @@ def batch(rank: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
     return torch.randn(2, Q, 8, generator=stream, dtype=torch.float64), targets
 
 
-def worker(rank: int, world: int, folder: str, expected: dict[str, Tensor]) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(folder) / "store"), world)
-    try:
-        limit = datetime.timedelta(seconds=60)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
-        wrapped = DistributedDataParallel(Loss())
-        wrapped(*batch(rank)).backward()
-        for name, gradient in expected.items():
-            torch.testing.assert_close(wrapped.module.get_parameter(name).grad, gradient, msg=name)
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        Path(folder, f"rank{rank}").write_text(traceback.format_exc())
-        raise
+def gradients_are(rank: int, world: int, expected: dict[str, Tensor]) -> None:
+    wrapped = DistributedDataParallel(Loss())
+    wrapped(*batch(rank)).backward()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(wrapped.module.get_parameter(name).grad, gradient, msg=name)
 
 
+@processes
 @pytest.mark.timeout(120)
 def test_two_ranks_have_the_gradients_of_one_process(tmp_path: Path) -> None:
     """Divided by its own targets each rank would weigh its objects by how few it has."""
@@ -80,8 +68,4 @@ def test_two_ranks_have_the_gradients_of_one_process(tmp_path: Path) -> None:
     loss(torch.cat((x, y)), targets + others).backward()
     expected = {name: p.grad for name, p in loss.named_parameters() if p.grad is not None}
     assert len(expected) == 4
-    try:
-        mp.spawn(worker, (2, str(tmp_path), expected), nprocs=2)
-    except mp.ProcessRaisedException as error:
-        told = "\n".join(path.read_text() for path in sorted(tmp_path.glob("rank*")))
-        raise AssertionError(told or str(error)) from None
+    run_on_ranks(2, gradients_are, tmp_path, expected)
