@@ -117,7 +117,7 @@ def test_copies_and_pickles_are_independent_and_equal(label: str) -> None:
         assert torch.equal(network(images), expected)
 
 
-@pytest.mark.parametrize("label", ["resnet32", "small", "ride small", "paco small"])
+@pytest.mark.parametrize("label", ["small", "ride small", "paco small"])  # resnet32 is the small one with more blocks
 def test_dynamo_traces_the_network_in_one_graph(label: str) -> None:
     network, images = build(label), images_for(label)
     twin = copy.deepcopy(network)
