@@ -6,6 +6,7 @@ with a unit of its own of which less is better, and comparisons paired by seed a
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -149,6 +150,9 @@ def test_a_run_stopped_in_any_stage_resumes_to_the_same_end(
         patched.setattr(cls, "on_train_batch_start", stop)
         with pytest.raises(RuntimeError, match="stopped"):
             command(*words, "--name=broken")
+    # A run that stopped can be tested, in whatever stage that was.
+    status, out, err = command("test", "runs/broken")
+    assert status == 0 and re.search(r"^error [\d.]+ dots$", out, re.MULTILINE), err
     status, out, err = command(*words, "--name=broken", "--resume")
     assert status == 0, err
     assert "Resuming runs/broken" in out

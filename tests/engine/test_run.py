@@ -182,7 +182,9 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="a checkpoint of the task 'longtail', got .* without the entry"):
         load_network(tmp_path / "other.ckpt")
-    with pytest.raises(FileNotFoundError, match=r"Expected a run folder with checkpoints/last.ckpt, .* Train one with batchformer fit"):
+    with pytest.raises(
+        FileNotFoundError, match=r"Expected a run folder with checkpoints/last.ckpt, .* Train one with batchformer fit"
+    ):
         engine.test(tmp_path)
 
 
@@ -359,6 +361,7 @@ def test_a_run_that_never_saved_leaves_no_trace_but_what_was_there(run: Run, tmp
 
 def test_a_loss_that_is_not_finite_stops_the_run(run: Run, tmp_path: Path) -> None:
     with pytest.raises(
-        FloatingPointError, match=r"finite loss, got (nan|inf). This was in epoch \d+, batch \d+. Lower model.optimizer.lr"
+        FloatingPointError,
+        match=r"finite loss, got (nan|inf). This was in epoch \d+, batch \d+. Lower model.optimizer.lr",
     ):
         run(tmp_path / "run", "--model.optimizer.lr=1e30", "--precision=32-true")

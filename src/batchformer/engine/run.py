@@ -28,7 +28,17 @@ from .config import RUN_CONFIG, differences, dump, parse, setting, task_of
 from .environment import environment, peak_memory_mb
 from .errors import ConfigError
 from .run_files import WholeCheckpoints
-from .stages import PlannedStage, continue_counting, costs, finish, last_checkpoint, plan, remaining, with_start
+from .stages import (
+    PlannedStage,
+    continue_counting,
+    costs,
+    finish,
+    last_checkpoint,
+    plan,
+    remaining,
+    stage_of,
+    with_start,
+)
 
 DONE = "done"
 
@@ -161,7 +171,7 @@ def _train(cli: LightningCLI, folder: Path, stage: Stage, history: History) -> N
 
 
 def test(run: Path) -> dict[str, float | None]:
-    """Test the plain network of a run on the test split.
+    """Test the plain network of a run on the test split; of a run that stopped, as its last checkpoint has it.
 
     Returns:
         Metric to value; ``None`` where it is not defined.
@@ -176,7 +186,8 @@ def test(run: Path) -> dict[str, float | None]:
     config = run / RUN_CONFIG
     whole = parse(config, alone, **_surroundings(run))
     stages = plan(whole.config.get("stages"), whole.model.stages)
-    cli = _parse_stage(config, alone, stages[-1], run, with_start(run, stages, stages[-1]))
+    planned = stage_of(checkpoint, stages, task_of(config))  # of a run that stopped, it may be an earlier one
+    cli = _parse_stage(config, alone, planned, run, with_start(run, stages, planned))
     cli.trainer.test(cli.model, cli.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
     return _tested(cli.trainer.callback_metrics)
 

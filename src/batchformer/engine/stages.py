@@ -165,12 +165,16 @@ def remaining(folder: Path, stages: Sequence[PlannedStage], task: str) -> list[P
         if not planned.last and finished_checkpoint(folder, planned.stage).exists():
             reached = place + 1
     if last_checkpoint(folder).exists():
-        entry = torch.load(last_checkpoint(folder), map_location="cpu", weights_only=True).get(task, {})
-        names = [planned.stage.name for planned in stages]
-        # A run of an earlier version has one file for all of its stages, whose entry calls its stage a part.
-        name = entry.get("stage", entry.get("part"))
-        reached = max(reached, names.index(name) if name in names else 0)
+        reached = max(reached, stages.index(stage_of(last_checkpoint(folder), stages, task)))
     return list(stages[reached:])
+
+
+def stage_of(checkpoint: Path, stages: Sequence[PlannedStage], task: str) -> PlannedStage:
+    """Return the stage of a run that a checkpoint was written in; the first one where it does not say."""
+    entry = torch.load(checkpoint, map_location="cpu", weights_only=True).get(task, {})
+    # A run of an earlier version has one file for all of its stages, whose entry calls its stage a part.
+    name = entry.get("stage", entry.get("part"))
+    return next((planned for planned in stages if planned.stage.name == name), stages[0])
 
 
 def with_start(folder: Path, stages: Sequence[PlannedStage], planned: PlannedStage) -> Stage:

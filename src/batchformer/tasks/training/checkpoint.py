@@ -132,12 +132,16 @@ class CheckpointFormat:
 
 
 def checkpoint_of(run: str | Path) -> Path:
-    """Return the checkpoint of a run folder, or the file itself.
+    """Return the newest checkpoint of a run folder, or the file itself.
 
     Raises:
         FileNotFoundError: When there is none; names the runs of a comparison where a comparison was given.
     """
-    path = Path(run) / "checkpoints" / "last.ckpt" if Path(run).is_dir() else Path(run)
+    path = Path(run)
+    if path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+        if not path.exists():  # between two stages there is that of the stage before
+            path = max(path.parent.glob("*.ckpt"), key=lambda found: found.stat().st_mtime, default=path)
     if not path.is_file():
         raise no_run(run, "checkpoints/last.ckpt")
     return path
