@@ -115,5 +115,5 @@ def test_missing_pretrained_weights_say_what_to_do(monkeypatch: pytest.MonkeyPat
         raise OSError("no route to host")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(OSError, match=r"weights of the backbone 'resnet50' could not be loaded.*no route.*pretrained=False"):
+    with pytest.raises(OSError, match=r"backbone 'resnet50' could not be loaded.*no route.*pretrained=False"):
         create_backbone("resnet50", pretrained=True)
