@@ -158,6 +158,9 @@ def _add_training_verbs(add: AddVerb) -> None:
     compare.add_argument("recipe", metavar="RECIPE", nargs="?", help=default)
     compare.add_argument("--seeds", default="3", help="number of seeds, or a list such as 3,5,8 (default: 3)")
     compare.add_argument("--controls", default="", help="control arms out of frozen,self_only,duplicate,single_stream")
+    compare.add_argument(
+        "--margin", type=float, help="smallest difference that matters, in points or in the metric's unit"
+    )
     compare.add_argument("--name", help="name of the comparison's folder (default: compare- and the recipe)")
     compare.add_argument("--out", default="runs", help="folder that it is made in (default: runs)")
     compare.add_argument("--resume", action="store_true", help="go on where it stopped, or add seeds and controls")
@@ -166,6 +169,9 @@ def _add_training_verbs(add: AddVerb) -> None:
 def _add_result_verbs(add: AddVerb) -> None:
     report = add("report", _report, "write tables and plots of runs and comparisons")
     report.add_argument("runs", metavar="RUN", nargs="+", help="run or comparison folders, or folders of such folders")
+    report.add_argument(
+        "--margin", type=float, help="smallest difference that matters, for comparisons made without one"
+    )
     report.add_argument("--out", help="folder of the report (default: report/ in the first RUN)")
 
     export = add("export", _export, "write the plain network as safetensors and ONNX")
@@ -295,7 +301,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.out) / (arguments.name or f"compare-{_slug(recipe.name)}")
 
     from .engine.compare import compare
-    from .report import comparison_text, read_comparison, write_report
+    from .report import comparison_text, read_comparison
 
     compare(
         recipe.path,
@@ -305,23 +311,20 @@ def _compare(arguments: argparse.Namespace) -> None:
         seeds=seeds,
         controls=controls,
         resume=arguments.resume,
+        margin=arguments.margin,
         command=arguments.command,
     )
     print()
     print(comparison_text(read_comparison(folder)))
-    written = write_report([folder], folder / "report")
-    for note in written.notes:
-        print(note)
-    print(f"Report: {written.report}")
+    _report(argparse.Namespace(runs=[folder], out=None, margin=None))
 
 
 def _report(arguments: argparse.Namespace) -> None:
     from .report import write_report
 
-    written = write_report(arguments.runs, Path(arguments.out or Path(arguments.runs[0]) / "report"))
-    for note in written.notes:
-        print(note)
-    print(f"Report: {written.report}")
+    folder = Path(arguments.out or Path(arguments.runs[0]) / "report")
+    written = write_report(arguments.runs, folder, margin=arguments.margin)
+    print(*written.notes, f"Report: {written.report}", sep="\n")
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Comparisons: every arm with the same seeds, initial weights and data order, each run in a process of its own."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -39,6 +40,7 @@ def compare(
     seeds: Sequence[int],
     controls: Sequence[str] = (),
     resume: bool = False,
+    margin: float | None = None,
     command: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
@@ -53,6 +55,8 @@ def compare(
         seeds: Seeds; each arm is run once with each, and on each unit.
         controls: Arms beside ``plain`` and ``batchformer``.
         resume: Go on in the folder.
+        margin: Smallest difference of the primary metric that matters, above 0, in points for a metric in percent and
+            otherwise in its own unit. It is written into the plan before the runs.
         command: Command that the user typed, for the records.
         say: Takes lines for the user.
 
@@ -62,9 +66,11 @@ def compare(
     Raises:
         FileExistsError: When the folder has a comparison and ``resume`` is off.
         BlockingIOError: When another process is at work in the folder.
-        ValueError: For unknown controls, a control that is the method itself, repeated seeds, or a folder with another
-            comparison.
+        ValueError: For a margin that is not above 0, unknown controls, a control that is the method itself, repeated
+            seeds, or a folder with another comparison.
     """
+    if margin is not None and not 0.0 < margin < math.inf:
+        raise ValueError(f"Expected a margin above 0, got {margin}. Name the smallest difference that matters to you.")
     arms = _arms(controls, single=setting(recipe, overrides, "model.batchformer.mode") == "single_stream")
     task = _comparable_task(recipe, overrides, seeds)
     units = _units(task, recipe, overrides)
@@ -75,6 +81,7 @@ def compare(
         "seeds": list(seeds),
         "units": [{"name": unit} for unit in units if unit],
         "primary": task.primary,
+        **({} if margin is None else {"margin": margin}),
     }
     with alone_in(folder) if first_rank() else nullcontext(), _keeping_the_plan(folder, resume):
         _write_plan(folder, asked)
@@ -166,6 +173,14 @@ def _write_plan(folder: Path, plan: dict[str, Any]) -> None:
             )
         if before["recipe"] != plan["recipe"]:
             raise ValueError(f"Expected a comparison of {plan['recipe']} in {folder}, found one of {before['recipe']}.")
+        if plan.get("margin", before.get("margin")) != before.get("margin"):
+            raise ConfigError(
+                f"Expected the margin that was written down before the runs ({before.get('margin', 'none')}), got "
+                f"{plan['margin']}. Leave --margin out here, and judge by another one with: "
+                f"batchformer report {folder} --margin {plan['margin']:g}"
+            )
+        if "margin" in before:
+            plan["margin"] = before["margin"]
         # Seeds and controls may be added to a comparison; those that are there stay.
         for key in ("arms", "seeds"):
             plan[key] = list(dict.fromkeys([*before[key], *plan[key]]))

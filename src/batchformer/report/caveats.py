@@ -18,6 +18,7 @@ def caveats(comparison: Comparison) -> list[str]:
     return [
         *left_out_lines(comparison.left_out, comparison.planned),
         *_few_seeds(comparison),
+        *_margin(comparison),
         *_settings(comparison),
         *run_caveats(comparison.runs),
         *_undefined(comparison),
@@ -41,6 +42,15 @@ def _few_seeds(comparison: Comparison) -> list[str]:
         return []
     count = f"Only {pairs} paired seed{'' if pairs == 1 else 's'}" if pairs else "No paired seed"
     return [f"{count}: run more (--seeds) before drawing conclusions."]
+
+
+def _margin(comparison: Comparison) -> list[str]:
+    if not comparison.margin_after:
+        return []
+    return [
+        "The margin was named with the report, after the runs. It is honest only when it was not chosen by these "
+        "numbers; compare --margin writes it down before."
+    ]
 
 
 def run_caveats(runs: Sequence[Run]) -> list[str]:

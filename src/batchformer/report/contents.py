@@ -110,6 +110,7 @@ def contents(
     plots: Sequence[Sequence[Path]],
     folder: Path,
     notes: list[str],
+    margin: float | None = None,
 ) -> Contents:
     """Gather everything that a report says.
 
@@ -119,6 +120,7 @@ def contents(
         plots: Files of the plots of each comparison.
         folder: Folder of the report, to which links are relative.
         notes: Lines about what could not be written; reasons for missing tables are added.
+        margin: Margin that the report was asked for, which has its word in the command.
 
     Returns:
         The :class:`Contents`.
@@ -127,11 +129,12 @@ def contents(
         _comparison_contents(comparison, drawn, folder, notes)
         for comparison, drawn in zip(found.comparisons, plots, strict=True)
     ]
+    asked = [] if margin is None else ["--margin", f"{margin:g}"]
     recipes = dict.fromkeys([*(c.recipe for c in found.comparisons), *(run.recipe for run in found.runs)])
     return Contents(
         recipes=list(recipes),
         date=f"{datetime.now(UTC).replace(tzinfo=None).isoformat(' ', 'minutes')} UTC",
-        command=shlex.join(["batchformer", "report", *(os.fspath(path) for path in paths)]),
+        command=shlex.join(["batchformer", "report", *(os.fspath(path) for path in paths), *asked]),
         comparisons=comparisons,
         runs=_runs_contents(found.runs) if found.runs else None,
         left_out=left_out_lines(found.left_out),
@@ -187,8 +190,13 @@ def _plan(comparison: Comparison) -> list[Fact]:
         Fact("Folder", str(comparison.path), is_code=True),
         Fact("Seeds", ", ".join(str(seed) for seed in comparison.seeds)),
     ]
-    units = [Fact("Units", ", ".join(unit.label for unit in comparison.units))] if comparison.has_units else []
-    return facts + units
+    if comparison.has_units:
+        facts.append(Fact("Units", ", ".join(unit.label for unit in comparison.units)))
+    if comparison.margin is not None:
+        measure = comparison.measure(comparison.primary)
+        when = "named after the runs" if comparison.margin_after else "written down before the runs"
+        facts.append(Fact("Margin", f"{measure.amount(measure.unscaled(comparison.margin))}, {when}"))
+    return facts
 
 
 def _origin(runs: Sequence[Run], started: str = "") -> list[Fact]:

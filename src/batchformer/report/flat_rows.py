@@ -75,7 +75,7 @@ def _difference_row(comparison: Comparison, arm: str, reference: str, metric: st
         "sd": d.sd,
         "low": d.low,
         "high": d.high,
-        "verdict": d.verdict if primary and unit is None else "descriptive",
+        "verdict": (d.decision or d.verdict) if primary and unit is None else "descriptive",
     }
 
 

@@ -133,6 +133,24 @@ class Measure:
         """
         return 100 * value if self.is_fraction else value
 
+    def unscaled(self, shown: float) -> float:
+        """A difference as the run folders hold it, from one as it is shown: 0.5 points are 0.005.
+
+        Example:
+            >>> Measure("AP", "AP").unscaled(50.0), Measure("mae", "error", "years").unscaled(0.5)
+            (0.5, 0.5)
+        """
+        return shown / 100 if self.is_fraction else shown
+
+    def amount(self, difference: float) -> str:
+        """The size of a difference with its unit and without a sign, such as a margin.
+
+        Example:
+            >>> Measure("AP", "AP").amount(0.005), Measure("mae", "error", "years").amount(1.25)
+            ('0.5 points', '1.25 years')
+        """
+        return f"{self.scaled(abs(difference)):.3g} {'points' if self.is_fraction else self.unit}".rstrip()
+
     @property
     def bounds(self) -> tuple[float, float]:
         """Lowest and highest possible place on an axis."""

@@ -13,6 +13,7 @@ __all__ = [
     "CONFIDENCE",
     "FEW_SEEDS",
     "MIN_SEEDS",
+    "Decision",
     "PairedDifference",
     "Summary",
     "Verdict",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 Verdict = Literal["improves", "worsens", "no difference shown", "too few seeds"]
+Decision = Literal["better", "worse", "practically equal", "undecided", "too few seeds"]
 
 CONFIDENCE = 0.95
 MIN_SEEDS = 3  # below this there is no interval worth the name: with two pairs the t factor is 12.7
@@ -131,6 +133,7 @@ class PairedDifference:
         undefined: Seeds that both arms have, with a value that is not finite in at least one.
         higher_is_better: False for errors such as the calibration error.
         confidence: Confidence of the interval, in (0, 1).
+        margin: Smallest difference that matters, above 0, in the unit of the values; None where nobody named one.
     """
 
     seeds: tuple[int, ...]
@@ -143,6 +146,7 @@ class PairedDifference:
     undefined: tuple[int, ...] = ()
     higher_is_better: bool = True
     confidence: float = CONFIDENCE
+    margin: float | None = None
 
     @property
     def n(self) -> int:
@@ -173,6 +177,34 @@ class PairedDifference:
             return "no difference shown"
         return "improves" if (self.mean > 0) == self.higher_is_better else "worsens"
 
+    @property
+    def decision(self) -> Decision | None:
+        r"""Answer to the question whether the difference is large enough to matter; None without a margin.
+
+        With the interval :math:`[l, u]` and the margin :math:`m`: better when :math:`l > m`, worse when :math:`u < -m`,
+        practically equal when :math:`-m < l` and :math:`u < m`, otherwise undecided; for errors better and worse change
+        places. "Practically equal" is the result of two one-sided tests (Schuirmann 1987; Lakens 2017), and the four
+        answers together are those of a region of practical equivalence (Kruschke 2018; Bouthillier et al. 2021 ask for
+        such a region in benchmarks). All answers use the interval that the report prints, at the confidence 0.95: the
+        answer can be checked against it by eye, and whatever the true difference is, the answer is wrong in at most
+        1 of 20 comparisons, since it can only be wrong when the interval misses the truth. Two one-sided tests at the
+        level 0.05 each would use an interval at 0.90; the one here is stricter (0.025 each).
+
+        Example:
+            >>> flat = paired_difference({0: 0.801, 1: 0.8, 2: 0.799}, dict.fromkeys(range(3), 0.8), margin=0.005)
+            >>> flat.verdict, flat.decision
+            ('no difference shown', 'practically equal')
+        """
+        if self.margin is None:
+            return None
+        if not self.has_interval:
+            return "too few seeds"
+        if -self.margin < self.low and self.high < self.margin:
+            return "practically equal"
+        if self.low > self.margin or self.high < -self.margin:
+            return "better" if (self.mean > 0) == self.higher_is_better else "worse"
+        return "undecided"
+
 
 def paired_difference(
     arm: Mapping[int, float],
@@ -180,6 +212,7 @@ def paired_difference(
     *,
     higher_is_better: bool = True,
     confidence: float = CONFIDENCE,
+    margin: float | None = None,
 ) -> PairedDifference:
     r"""Mean difference over seeds with Student's t-interval, :math:`\bar d \pm t_{n-1} s_d / \sqrt n`.
 
@@ -191,12 +224,13 @@ def paired_difference(
         reference: Seed -> value of the arm it is compared with.
         higher_is_better: False for errors; it changes the verdict, not the sign of the difference.
         confidence: Confidence of the two-sided interval, in (0, 1).
+        margin: Smallest difference that matters, above 0, in the unit of the values.
 
     Returns:
         The :class:`PairedDifference`, in the unit of the values.
 
     Raises:
-        ValueError: ``confidence`` is outside (0, 1).
+        ValueError: ``confidence`` is outside (0, 1), or ``margin`` is not a number above 0.
 
     Example:
         >>> d = paired_difference({0: 0.84, 1: 0.83, 2: 0.85, 3: 0.84}, {0: 0.82, 1: 0.82, 2: 0.83, 4: 0.8})
@@ -205,6 +239,8 @@ def paired_difference(
     """
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"Expected a confidence between 0 and 1, got {confidence}. Pass 0.95, for example.")
+    if margin is not None and not 0.0 < margin < math.inf:
+        raise ValueError(f"Expected a margin above 0, got {margin}. Name the smallest difference that matters.")
     shared = sorted(set(arm) & set(reference))
     seeds = tuple(seed for seed in shared if math.isfinite(arm[seed]) and math.isfinite(reference[seed]))
     differences = tuple(float(arm[seed]) - float(reference[seed]) for seed in seeds)
@@ -223,4 +259,5 @@ def paired_difference(
         undefined=tuple(seed for seed in shared if seed not in seeds),
         higher_is_better=higher_is_better,
         confidence=confidence,
+        margin=margin,
     )

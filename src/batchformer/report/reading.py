@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from .measures import Measure, is_described
 from .older_results import OLDER_MEASURES
 from .runs import ClassResult, Comparison, LeftOut, ReportError, Run, StageCost, Unit, run_folder
 
-__all__ = ["RUN_FILES", "read_comparison", "read_run"]
+__all__ = ["RUN_FILES", "check_margin", "read_comparison", "read_run", "with_margin"]
 
 RUN_FILES = ("result.json", "config.yaml", "environment.json", "done")
 
@@ -118,6 +119,7 @@ def read_comparison(folder: Path) -> Comparison:
         arms, seeds = tuple(str(arm) for arm in plan["arms"]), tuple(int(seed) for seed in plan["seeds"])
         recipe, primary = str(plan["recipe"]), str(plan["primary"])
         units = tuple({unit.name: unit for unit in map(_unit, plan.get("units") or ())}.values()) or (Unit(),)
+        margin = None if plan.get("margin") is None else check_margin(plan["margin"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise ReportError(
@@ -145,10 +147,45 @@ def read_comparison(folder: Path) -> Comparison:
         command=str(plan.get("command") or ""),
         date=str(plan.get("date", "")),
         units=units,
+        margin=margin,
     )
     _refuse_mixtures(comparison)
     _refuse_unknown_primary(comparison)
     return comparison
+
+
+def check_margin(value: float | str) -> float:
+    """Margin as a number above 0.
+
+    Raises:
+        ReportError: It is none.
+
+    Example:
+        >>> check_margin("0.5")
+        0.5
+    """
+    try:
+        margin = float(value)
+    except (TypeError, ValueError):
+        margin = math.nan
+    if not 0.0 < margin < math.inf:
+        raise ReportError(
+            f"Expected a margin above 0, got {value!r}. Name the smallest difference that matters to you, in points or "
+            "in the unit of the metric, such as --margin 0.5."
+        )
+    return margin
+
+
+def with_margin(comparison: Comparison, margin: float | None) -> Comparison:
+    """The comparison judged by a margin that was named after its runs; by that of its plan where it is the same.
+
+    Args:
+        comparison: A comparison.
+        margin: Margin in points or in the unit of the primary metric; None for that of the plan.
+    """
+    if margin is None or margin == comparison.margin:
+        return comparison
+    return replace(comparison, margin=check_margin(margin), margin_after=True)
 
 
 def _unit(entry: Mapping[str, Any]) -> Unit:

@@ -183,6 +183,9 @@ class Comparison:
         command: Command that started the comparison.
         date: Time at which it was started.
         units: Planned units; one without a name where the seed is all there is.
+        margin: Smallest difference of the primary metric that matters, as it is shown: in points for a measure in
+            percent, otherwise in the unit of the measure. None where nobody named one.
+        margin_after: True when the margin was not written into ``compare.json`` before the runs.
     """
 
     path: Path
@@ -195,6 +198,8 @@ class Comparison:
     command: str = ""
     date: str = ""
     units: tuple[Unit, ...] = (Unit(),)
+    margin: float | None = None
+    margin_after: bool = False
 
     @property
     def planned(self) -> int:
@@ -239,11 +244,16 @@ class Comparison:
         return average_units(found, [entry.name for entry in self.units] if unit is None else [unit])
 
     def difference(self, arm: str, reference: str, metric: str, unit: str | None = None) -> PairedDifference:
-        """Paired difference ``arm - reference`` of a metric, over all units of a seed or over one of them."""
+        """Paired difference ``arm - reference`` of a metric, over all units of a seed or over one of them.
+
+        The margin belongs to the primary metric over all units, which alone has verdicts.
+        """
+        measure, main = self.measure(metric), metric == self.primary and unit is None
         return paired_difference(
             self.values(arm, metric, unit),
             self.values(reference, metric, unit),
-            higher_is_better=self.measure(metric).higher_is_better,
+            higher_is_better=measure.higher_is_better,
+            margin=measure.unscaled(self.margin) if main and self.margin is not None else None,
         )
 
     @property

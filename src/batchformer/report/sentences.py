@@ -81,13 +81,18 @@ def verdict_text(difference: PairedDifference) -> str:
         >>> verdict_text(paired_difference({0: 0.9, 1: 0.8, 2: 0.9}, {0: 0.5, 1: 0.5, 2: 0.5}))
         'improves (few seeds)'
     """
-    return f"{difference.verdict} (few seeds)" if difference.few else difference.verdict
+    words = difference.decision or difference.verdict
+    return f"{words} (few seeds)" if difference.few else words
 
 
 def gain_sentence(difference: PairedDifference, measure: Measure) -> str:
-    """The effect of BatchFormer on the primary metric, compared with the plain network."""
+    """The effect of BatchFormer on the primary metric, compared with the plain network, and with the margin."""
     direction = f"; {measure.direction}" if measure.direction else ""
     numbers, label = f"({measure.described(difference)}{direction})", measure.label
+    if difference.margin is not None and difference.has_interval:
+        return _margin_sentence(difference, label, numbers, measure.amount(difference.margin)) + _reservations(
+            difference
+        )
     sentence = {
         "improves": f"BatchFormer improves {label} over the plain network {numbers}.",
         "worsens": f"BatchFormer worsens {label} against the plain network {numbers}.",
@@ -97,6 +102,24 @@ def gain_sentence(difference: PairedDifference, measure: Measure) -> str:
         f"At least {MIN_SEEDS} paired seeds are needed; 5 or more are better.",
     }[difference.verdict]
     return sentence + _reservations(difference)
+
+
+def _margin_sentence(difference: PairedDifference, label: str, numbers: str, margin: str) -> str:
+    sentence = {
+        "better": f"BatchFormer is better in {label} than the plain network by more than the margin of {margin} "
+        f"{numbers}.",
+        "worse": f"BatchFormer is worse in {label} than the plain network by more than the margin of {margin} "
+        f"{numbers}.",
+        "practically equal": f"BatchFormer and the plain network are practically equal in {label} {numbers}: the whole "
+        f"interval is closer to zero than the margin of {margin}.",
+        "undecided": f"These runs do not decide whether the difference in {label} between BatchFormer and the plain "
+        f"network exceeds the margin of {margin} {numbers}.",
+    }[str(difference.decision)]
+    if difference.decision in ("practically equal", "undecided") and difference.verdict in ("improves", "worsens"):
+        kind = "gain" if difference.verdict == "improves" else "loss"
+        size = "it is smaller than the margin" if difference.decision == "practically equal" else "its size is open"
+        sentence += f" A {kind} is shown, but {size}."
+    return sentence
 
 
 def control_sentence(control: str, difference: PairedDifference, measure: Measure, *, single: bool = False) -> str:
@@ -123,6 +146,8 @@ def control_sentence(control: str, difference: PairedDifference, measure: Measur
         "no difference shown": f"{control} did about as well; these runs do not show that {question}.",
         "too few seeds": "There are too few seeds to say more.",
     }[difference.verdict]
+    if difference.margin is not None and difference.has_interval:
+        meaning += f" Measured by the margin of {measure.amount(difference.margin)}: {difference.decision}."
     numbers = measure.described(difference)
     return f"BatchFormer minus {control}: {numbers}. {meaning}{_reservations(difference)}"
 

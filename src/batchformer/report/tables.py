@@ -59,10 +59,23 @@ def main_table(comparison: Comparison) -> Table:
         f"{units_note(measures)}, mean ± sample standard deviation over seeds; differences in "
         f"{difference_units(measures[:1])}, paired by seed.",
         *lower_is_better_note(measures),
+        *_margin_notes(comparison),
         *_units_notes(comparison),
         *_unpaired_notes(comparison),
     )
     return Table(f"{comparison.recipe}: plain and +BatchFormer", columns, tuple(rows), notes)
+
+
+def _margin_notes(comparison: Comparison) -> list[str]:
+    if comparison.margin is None:
+        return []
+    measure = comparison.measure(comparison.primary)
+    margin = measure.amount(measure.unscaled(comparison.margin))
+    return [
+        f"Verdicts use the margin of {margin}. Better or worse: the whole interval lies beyond the margin. Practically "
+        "equal: the whole interval is closer to zero than the margin (two one-sided tests, each at the level 0.025). "
+        f"Undecided: the interval reaches from one of these regions into another. The {INTERVAL} is used for all."
+    ]
 
 
 def _units_notes(comparison: Comparison) -> list[str]:

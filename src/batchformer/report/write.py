@@ -4,7 +4,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from .contents import contents
 from .finding import find_runs
 from .flat_rows import class_rows, difference_rows, result_rows
 from .markdown import to_markdown
+from .reading import with_margin
 from .render import to_csv
 from .runs import Comparison, ReportError
 
@@ -49,7 +50,9 @@ class ReportPaths:
     notes: tuple[str, ...]
 
 
-def write_report(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> ReportPaths:
+def write_report(
+    paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *, margin: float | None = None
+) -> ReportPaths:
     """Read run and comparison folders and write a report about them.
 
     Comparisons get paired differences, verdicts and plots; runs outside comparisons get one table without claims. Each
@@ -58,6 +61,8 @@ def write_report(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
     Args:
         paths: Run folders, comparison folders, folders that hold such folders, or patterns.
         out: Folder to write to; made when absent.
+        margin: Smallest difference of the primary metric that matters, in points for a metric in percent and otherwise
+            in its own unit, for all comparisons; None for the margins of their plans.
 
     Returns:
         The :class:`ReportPaths`. Without matplotlib there are no plots, and ``notes`` says so.
@@ -75,6 +80,7 @@ def write_report(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
         '# Report: my/recipe'
     """
     found = find_runs(paths)
+    found = replace(found, comparisons=tuple(with_margin(comparison, margin) for comparison in found.comparisons))
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     notes: list[str] = []
@@ -83,7 +89,7 @@ def write_report(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
         _write_plots(comparison, folder, prefix, notes)
         for comparison, prefix in zip(found.comparisons, prefixes, strict=True)
     ]
-    page = contents(paths, found, drawn, folder, notes)
+    page = contents(paths, found, drawn, folder, notes, margin)
     results = _write(folder / "results.csv", to_csv(result_rows(found)))
     classes, differences = class_rows(found), difference_rows(found.comparisons)
     per_class = _write(folder / "per_class.csv", to_csv(classes)) if classes else None
