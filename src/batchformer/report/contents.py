@@ -14,6 +14,7 @@ from .caveats import caveats, hardware, left_out_lines, precision, run_caveats, 
 from .convergence import convergence_sentence, convergence_table
 from .costs import cost_table
 from .pictures import Picture, PictureTable, picture_table
+from .planning import planning_table
 from .render import Table
 from .runs import Comparison, Found, ReportError, Run
 from .sentences import arm_text, conclusions, multiple_comparisons
@@ -47,7 +48,7 @@ class ComparisonContents:
         main: Arms and metrics.
         questions: Sentences on the number of intervals.
         caveats: Reservations.
-        tables: Units, other metrics, controls, as far as they exist.
+        tables: Units, other metrics, controls, number of seeds, as far as they exist.
         convergence: Course of the validation metric; None without curves.
         convergence_sentence: Its sentence.
         arms: Arm -> description.
@@ -158,7 +159,7 @@ def _comparison_contents(
         main=main_table(comparison),
         questions=multiple_comparisons(comparison),
         caveats=caveats(comparison),
-        tables=[build(comparison) for wanted, build in optional if wanted],
+        tables=[*(build(comparison) for wanted, build in optional if wanted), *planning_table(comparison)],
         convergence=course,
         convergence_sentence=sentence,
         arms={arm: arm_text(comparison, arm) for arm in comparison.arms},
