@@ -194,10 +194,11 @@ def test_a_lower_error_is_an_improvement_in_its_own_unit(case, start):
 def test_the_number_of_intervals_is_counted():
     runs = dict.fromkeys(("plain", "batchformer", "frozen", "self_only"), (0.8, 0.81, 0.83))
     text = multiple_comparisons(comparison(**runs))
-    assert "5 intervals (3 arms against plain, 2 against controls); expect one in 20 to exclude zero by luck." in text
+    assert " 1 question was asked in sequence, each with its full 95 % interval: by luck alone, at most one" in text
+    assert " 2 other intervals against plain or a control, each at 97.5 %: all of them hold at once in 19 of 20" in text
     assert "other metric" not in text  # there are none
     runs["frozen"] = runs["self_only"] = (0.8,)
-    assert " 1 interval (1 arm against plain); expect" in multiple_comparisons(comparison(**runs))
+    assert "other interval" not in multiple_comparisons(comparison(**runs))
     few = {name: values[:2] for name, values in runs.items()}
     assert "There are no intervals: they take at least 3 paired seeds." in multiple_comparisons(comparison(**few))
 

@@ -72,8 +72,9 @@ def test_main_table_by_hand(comparison):
 
 
 def test_controls_table_by_hand(comparison):
-    (row,) = controls_table(comparison).rows
-    assert row[:5] == ("self_only", "+0.20", "[-1.16, +1.56]", "5", "no difference shown")
+    plain, self_only = controls_table(comparison).rows
+    assert plain[:6] == ("plain", "1", "+2.40", "[+1.72, +3.08]", "5", "improves")
+    assert self_only[:6] == ("self_only", "2", "+0.20", "[-1.16, +1.56]", "5", "no difference shown")
 
 
 def test_the_text_is_golden_and_parses_back(folders, tmp_path):
@@ -267,7 +268,7 @@ def test_the_terminal_text_stays_under_120_columns(folders, tmp_path):
     comparison = read_comparison(folders.comparison(tmp_path / "cmp", folders.all_arms, range(4)))
     text = comparison_text(comparison)
     assert max(len(line) for line in text.splitlines()) < 120
-    for part in ("Controls", "Cost", "Conclusions", "Caveats"):
+    for part in ("Where a gain comes from", "Cost", "Conclusions", "Caveats"):
         assert f"\n{part}\n" in text
 
 

@@ -31,7 +31,7 @@ def test_a_comparison_becomes_a_report_whose_links_and_tables_hold(folders, tmp_
         "frozen/seed1: unfinished",
         "self_only: the same layer, trained, each sample attending to itself alone.",
         "Only 3 paired seeds",
-        "expect one in 20 to exclude zero by luck",
+        "4 other intervals against plain or a control, each at 99 %: all of them hold at once in 19 of 20",
     ):
         assert expected in text
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):

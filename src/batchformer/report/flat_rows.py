@@ -63,6 +63,7 @@ def difference_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Cell]]:
 def _difference_row(comparison: Comparison, arm: str, reference: str, metric: str, unit: str | None) -> dict[str, Cell]:
     d = comparison.difference(arm, reference, metric, unit)
     primary = metric == comparison.primary
+    skipped = arm == TREATMENT and reference in [step.reference for step in comparison.steps if not step.asked]
     return {
         "comparison": str(comparison.path),
         "arm": arm,
@@ -75,7 +76,8 @@ def _difference_row(comparison: Comparison, arm: str, reference: str, metric: st
         "sd": d.sd,
         "low": d.low,
         "high": d.high,
-        "verdict": (d.decision or d.verdict) if primary and unit is None else "descriptive",
+        "confidence": d.confidence,
+        "verdict": "descriptive" if not primary or unit is not None else "not asked" if skipped else d.words,
     }
 
 

@@ -37,7 +37,7 @@ def as_percent(fraction: float) -> str:
         >>> as_percent(0.95), as_percent(1.1)
         ('95 %', '110 %')
     """
-    return f"{100 * fraction:g} %"
+    return f"{100 * fraction:.4g} %"
 
 
 INTERVAL = f"{as_percent(CONFIDENCE)} interval"

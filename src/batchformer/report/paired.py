@@ -178,6 +178,11 @@ class PairedDifference:
         return "improves" if (self.mean > 0) == self.higher_is_better else "worsens"
 
     @property
+    def words(self) -> Verdict | Decision:
+        """The answer in the words of the report: measured by the margin where there is one."""
+        return self.decision or self.verdict
+
+    @property
     def decision(self) -> Decision | None:
         r"""Answer to the question whether the difference is large enough to matter; None without a margin.
 

@@ -99,9 +99,10 @@ def _for_the_margin(
         (_count(seeds_to_detect(difference.margin, sd)) for sd in spreads),
     )
     equal = seeds_to_equal(difference.margin, difference.sd)
-    lines = f"A true difference as large as the margin of {margin} takes {best} seeds to be shown ({low} to {high} for the lowest and "
-    lines += (
-        f"highest likely spread). To show that the two are practically equal when nothing differs takes {_count(equal)}"
+    lines = (
+        f"A true difference as large as the margin of {margin} takes {best} seeds to be shown ({low} to {high} for the "
+        "lowest and highest likely spread). To show that the two are practically equal when nothing differs takes "
+        f"{_count(equal)}"
     )
     further = (equal or 0) - difference.n
     if further > 0 and math.isfinite(each):

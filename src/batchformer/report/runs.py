@@ -13,7 +13,8 @@ from typing import Any
 
 from .measures import Measure, find_measure, order_metrics
 from .older_results import OLDER_MEASURES
-from .paired import PairedDifference, average_units, paired_difference
+from .paired import CONFIDENCE, PairedDifference, average_units, paired_difference
+from .sequence import BASELINE, TREATMENT, Step, beside, references, simultaneous, walk
 
 __all__ = [
     "BASELINE",
@@ -28,9 +29,6 @@ __all__ = [
     "Unit",
     "run_folder",
 ]
-
-BASELINE = "plain"
-TREATMENT = "batchformer"
 
 
 class ReportError(ValueError):
@@ -246,15 +244,32 @@ class Comparison:
     def difference(self, arm: str, reference: str, metric: str, unit: str | None = None) -> PairedDifference:
         """Paired difference ``arm - reference`` of a metric, over all units of a seed or over one of them.
 
-        The margin belongs to the primary metric over all units, which alone has verdicts.
+        The margin belongs to the primary metric over all units, which alone has verdicts. There, comparisons beside the
+        sequence of questions get intervals that hold all at once.
         """
         measure, main = self.measure(metric), metric == self.primary and unit is None
         return paired_difference(
             self.values(arm, metric, unit),
             self.values(reference, metric, unit),
             higher_is_better=measure.higher_is_better,
+            confidence=self.beside_confidence if main and (arm, reference) in self.beside else CONFIDENCE,
             margin=measure.unscaled(self.margin) if main and self.margin is not None else None,
         )
+
+    @property
+    def beside(self) -> tuple[tuple[str, str], ...]:
+        """Pairs (arm, reference) that have a verdict and are no question of the sequence."""
+        return beside(self.arms)
+
+    @property
+    def beside_confidence(self) -> float:
+        """Confidence of each interval beside the sequence, so that all of them hold at once."""
+        return simultaneous(len(self.beside))
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The questions in their order; empty without BatchFormer among the arms."""
+        return walk({arm: self.difference(TREATMENT, arm, self.primary) for arm in references(self.arms)})
 
     @property
     def measures(self) -> tuple[Measure, ...]:

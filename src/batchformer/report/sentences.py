@@ -4,9 +4,13 @@ An interval that includes zero is "no difference shown", which is neither a win 
 put down to relations between samples only when BatchFormer also beats the arm in which no sample sees another.
 """
 
-from .measures import Measure
+from collections.abc import Sequence
+
+from .measures import INTERVAL, Measure, as_percent
 from .paired import MIN_SEEDS, PairedDifference
+from .render import in_words
 from .runs import BASELINE, TREATMENT, Comparison
+from .sequence import Step
 from .settings import single_stream
 
 __all__ = [
@@ -15,6 +19,7 @@ __all__ = [
     "control_sentence",
     "gain_sentence",
     "multiple_comparisons",
+    "stop_sentence",
     "verdict_text",
 ]
 
@@ -81,8 +86,7 @@ def verdict_text(difference: PairedDifference) -> str:
         >>> verdict_text(paired_difference({0: 0.9, 1: 0.8, 2: 0.9}, {0: 0.5, 1: 0.5, 2: 0.5}))
         'improves (few seeds)'
     """
-    words = difference.decision or difference.verdict
-    return f"{words} (few seeds)" if difference.few else words
+    return f"{difference.words} (few seeds)" if difference.few else difference.words
 
 
 def gain_sentence(difference: PairedDifference, measure: Measure) -> str:
@@ -185,12 +189,16 @@ def conclusions(comparison: Comparison) -> list[str]:
         sentences.append(gain_sentence(gain, measure))
     else:
         sentences.append("No plain run is finished, so the effect of BatchFormer is not known yet.")
-    controls = {name: comparison.difference(TREATMENT, name, comparison.primary) for name in comparison.controls}
-    if controls and gain is not None and gain.verdict in ("no difference shown", "worsens"):
+    if comparison.controls and gain is not None and gain.verdict in ("no difference shown", "worsens"):
         sentences.append("These runs show no gain over the plain network, so the controls have no gain to explain.")
+    told = {step.reference: step.difference for step in comparison.steps if step.asked and step.reference != BASELINE}
+    others = [reference for arm, reference in comparison.beside if arm == TREATMENT]
+    told |= {name: comparison.difference(TREATMENT, name, comparison.primary) for name in others}
     single = single_stream(comparison)
-    sentences += [control_sentence(name, difference, measure, single=single) for name, difference in controls.items()]
-    if gain is not None and gain.verdict == "improves" and "self_only" not in controls:
+    sentences += [control_sentence(name, difference, measure, single=single) for name, difference in told.items()]
+    if any(not step.asked for step in comparison.steps):
+        sentences.append(stop_sentence(comparison.steps))
+    if gain is not None and gain.verdict == "improves" and "self_only" not in comparison.controls:
         sentences.append(
             "These runs cannot tell whether the gain comes from relations between samples. The control self_only can: "
             "add --controls self_only."
@@ -198,23 +206,52 @@ def conclusions(comparison: Comparison) -> list[str]:
     return sentences
 
 
+def stop_sentence(steps: Sequence[Step]) -> str:
+    """The step at which the sequence of questions stops, and the meaning of that; all were asked where it does not.
+
+    Example:
+        >>> from batchformer.report.sequence import walk
+        >>> from batchformer.report.paired import paired_difference
+        >>> none = paired_difference({0: 0.9, 1: 0.8, 2: 0.9}, {0: 0.9, 1: 0.9, 2: 0.8})
+        >>> print(stop_sentence(walk({"plain": none, "frozen": none})))
+        The sequence of questions stops at plain: no gain is shown, so frozen was not asked.
+    """
+    missing = [step.reference for step in steps if not step.asked]
+    if not missing:
+        return "The sequence of questions was asked to its end."
+    stop = [step for step in steps if step.asked][-1]
+    meaning = {
+        BASELINE: "no gain is shown",
+        "self_only": "there is a gain, but it is not shown to come from relations between samples",
+        "frozen": "there is a gain, but it is not shown to come from what the module learns",
+    }[stop.reference]
+    if stop.difference.verdict == "too few seeds":
+        meaning = "there are too few seeds for an answer"
+    return (
+        f"The sequence of questions stops at {stop.reference}: {meaning}, so {in_words(missing)} "
+        f"{'was' if len(missing) == 1 else 'were'} not asked."
+    )
+
+
 def multiple_comparisons(comparison: Comparison) -> str:
     """The number of questions that were asked at once, and its consequence for the answers."""
     primary = comparison.primary
-    against_plain = [
-        comparison.difference(arm, BASELINE, primary).has_interval for arm in comparison.arms if arm != BASELINE
-    ]
-    against_controls = [comparison.difference(TREATMENT, arm, primary).has_interval for arm in comparison.controls]
-    plain, controls = sum(against_plain), sum(against_controls)
+    asked = sum(step.asked and step.difference.has_interval for step in comparison.steps)
+    aside = sum(comparison.difference(*pair, primary).has_interval for pair in comparison.beside)
     text = (
         f"The primary metric, {comparison.measure(primary).label}, was chosen before the runs; it alone has verdicts."
     )
-    if plain + controls:
-        parts = [f"{plain} {'arm' if plain == 1 else 'arms'} against plain"] if plain else []
-        parts += [f"{controls} against {'a control' if controls == 1 else 'controls'}"] if controls else []
-        intervals = "1 interval" if plain + controls == 1 else f"{plain + controls} intervals"
-        text += f" {intervals} ({', '.join(parts)}); expect one in 20 to exclude zero by luck."
-    else:
+    if asked:
+        questions = "1 question was" if asked == 1 else f"{asked} questions were"
+        text += (
+            f" {questions} asked in sequence, each with its full {INTERVAL}: by luck alone, at most one comparison in "
+            "20 claims a gain that is not there."
+        )
+    if aside:
+        beside = "1 other interval" if aside == 1 else f"{aside} other intervals"
+        each = f", each at {as_percent(comparison.beside_confidence)}" if len(comparison.beside) > 1 else ""
+        text += f" {beside} against plain or a control{each}: all of them hold at once in 19 of 20 comparisons."
+    if not asked + aside:
         text += f" There are no intervals: they take at least {MIN_SEEDS} paired seeds."
     if others := len(comparison.metric_names) - 1:
         metrics = "other metric" if others == 1 else f"{others} other metrics"
