@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from .caveats import caveats, hardware, left_out_lines, precision, run_caveats, versions
+from .certainty import certainty_table
 from .convergence import convergence_sentence, convergence_table
 from .costs import cost_table
 from .pictures import Picture, PictureTable, picture_table
@@ -48,7 +49,7 @@ class ComparisonContents:
         main: Arms and metrics.
         questions: Sentences on the number of intervals.
         caveats: Reservations.
-        tables: Units, other metrics, controls, number of seeds, as far as they exist.
+        tables: Units, other metrics, controls, certainty, number of seeds, as far as they exist.
         convergence: Course of the validation metric; None without curves.
         convergence_sentence: Its sentence.
         arms: Arm -> description.
@@ -159,7 +160,11 @@ def _comparison_contents(
         main=main_table(comparison),
         questions=multiple_comparisons(comparison),
         caveats=caveats(comparison),
-        tables=[*(build(comparison) for wanted, build in optional if wanted), *planning_table(comparison)],
+        tables=[
+            *(build(comparison) for wanted, build in optional if wanted),
+            *certainty_table(comparison),
+            *planning_table(comparison),
+        ],
         convergence=course,
         convergence_sentence=sentence,
         arms={arm: arm_text(comparison, arm) for arm in comparison.arms},

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from .caveats import caveats
+from .certainty import certainty_table
 from .costs import cost_table
 from .planning import planning_table
 from .render import WIDTH, to_text, wrap
@@ -26,7 +27,8 @@ def comparison_text(comparison: Comparison, width: int = WIDTH) -> str:
     if comparison.controls:
         table = controls_table(comparison)
         tables.append(replace(table, columns=table.columns[:-1], rows=tuple(row[:-1] for row in table.rows)))
-    parts = [to_text(table, width) for table in (*tables, *planning_table(comparison), cost_table(comparison))]
+    tables += [*certainty_table(comparison), *planning_table(comparison), cost_table(comparison)]
+    parts = [to_text(table, width) for table in tables]
     for title, lines in (
         ("Conclusions", [*conclusions(comparison), multiple_comparisons(comparison)]),
         ("Caveats", caveats(comparison)),
