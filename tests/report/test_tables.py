@@ -267,7 +267,8 @@ def test_class_csv_has_a_record_per_run_and_class(folders, tmp_path):
 def test_the_terminal_text_stays_under_120_columns(folders, tmp_path):
     comparison = read_comparison(folders.comparison(tmp_path / "cmp", folders.all_arms, range(4)))
     text = comparison_text(comparison)
-    assert max(len(line) for line in text.splitlines()) < 120
+    command = next(line for line in text.splitlines() if line.startswith("  batchformer "))  # it can be copied
+    assert max(len(line) for line in text.splitlines() if line != command) < 120
     for part in ("Where a gain comes from", "Cost", "Conclusions", "Caveats"):
         assert f"\n{part}\n" in text
 

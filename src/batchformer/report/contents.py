@@ -14,6 +14,7 @@ from .caveats import caveats, hardware, left_out_lines, precision, run_caveats, 
 from .certainty import certainty_table
 from .convergence import convergence_sentence, convergence_table
 from .costs import cost_table
+from .first_screen import FirstScreen, first_screen
 from .pictures import Picture, PictureTable, picture_table
 from .planning import planning_table
 from .render import Table
@@ -45,6 +46,7 @@ class ComparisonContents:
 
     Attributes:
         recipe: Name of the recipe.
+        first: The question, the answer and the next step.
         conclusions: Sentences, the main one first.
         main: Arms and metrics.
         questions: Sentences on the number of intervals.
@@ -60,6 +62,7 @@ class ComparisonContents:
     """
 
     recipe: str
+    first: FirstScreen
     conclusions: Sequence[str]
     main: Table
     questions: str
@@ -156,6 +159,7 @@ def _comparison_contents(
     has_classes = any(run.per_class for run in comparison.runs)
     return ComparisonContents(
         recipe=comparison.recipe,
+        first=first_screen(comparison),
         conclusions=conclusions(comparison),
         main=main_table(comparison),
         questions=multiple_comparisons(comparison),

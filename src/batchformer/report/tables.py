@@ -162,11 +162,12 @@ def controls_table(comparison: Comparison) -> Table:
     columns = ("reference", "question", "BatchFormer minus it", INTERVAL, "pairs", "verdict", "what the reference is")
     units = difference_units([measure])
     notes = (
-        f"{_capital(units)} of {measure.label}; 'improves' or 'better' means that BatchFormer does better than the reference.",
+        f"{_capital(units)} of {measure.label}; 'improves' and 'better' mean that BatchFormer does better than the "
+        "reference.",
         *lower_is_better_note([measure]),
-        "Each question is asked only when the one before it showed a gain, with an interval that excludes zero. So each "
-        f"keeps its full {INTERVAL}, and all together claim a false gain in at most 1 of 20 comparisons. Numbers of a "
-        "question that was not asked are descriptive.",
+        "Each question is asked only when the one before it showed a gain, with an interval that excludes zero. So "
+        f"each keeps its full {INTERVAL}, and all together claim a false gain in at most 1 of 20 comparisons. Numbers "
+        "of a question that was not asked are descriptive.",
         stop_sentence(comparison.steps),
     )
     return Table("Where a gain comes from", columns, tuple(rows), notes)
