@@ -47,12 +47,12 @@ OUTCOMES = {
     # name: (comparison, part of the answer, part of the command)
     "one": (
         comparison(1, 2),
-        "With 1 seed BatchFormer was 2.2 points better, but one or two",
+        "With 1 seed BatchFormer was 2.20 points better, but one or two",
         "--seeds 5 --resume",
     ),
     "two": (comparison(2, -2), "With 2 seeds BatchFormer was 1.95 points worse, but one or two seeds", "--seeds 5"),
     "three": (comparison(3, 2), "luck alone would rarely do: it helps on these data", "--seeds 10 --resume"),
-    "rough": (comparison(3, 2), "rough with 3 seeds)", "--seeds 10"),
+    "rough": (comparison(3, 2), "; rough with 3 seeds)", "--seeds 10"),
     "gain": (
         comparison(5, 2),
         "Over 5 seeds BatchFormer was 2.02 points better on average (95 %",

@@ -50,7 +50,10 @@ def test_the_seeds_of_a_margin_and_their_time():
     detect, equal = seeds_to_detect(0.005, difference.sd), seeds_to_equal(0.005, difference.sd)
     assert table.rows[-1][0] == str(detect)
     assert f"the margin of 0.5 points takes {detect} seeds to be shown" in table.notes[1]
-    assert f"practically equal when nothing differs takes {equal}, {equal - 5} more than now: about" in table.notes[1]
+    assert (
+        f"practically equal when nothing differs takes {equal} seeds, {equal - 5} more than now: about"
+        in table.notes[1]
+    )
     assert duration(120 * (equal - 5)) in table.notes[1]
     tiny = planning_table(dataclasses.replace(shown, margin=1e-4))[0].notes[1]
     assert "takes more than 10,000 seeds" in tiny

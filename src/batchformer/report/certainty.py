@@ -176,10 +176,15 @@ def _notes(other: str, difference: PairedDifference, smallest: int) -> tuple[str
     won = f"BatchFormer did better than {other} on {seeds_won(difference)} of {difference.n} seeds"
     equal = f" and equally well on {ties}" if ties else ""
     probable = _probability(difference)
-    coming = "" if probable == ABSENT else f"; the next seed gains with a probability of {probable}"
+    coming = "."
+    if probable != ABSENT:
+        coming = (
+            f"; the next seed gains with a probability of {probable} (Student's t as the posterior predictive "
+            "distribution of normally distributed differences). This is a statement about one more seed, not about the "
+            "mean."
+        )
     notes = [
-        f"{won}{equal}{coming} (Student's t as the posterior predictive distribution of normally distributed "
-        "differences). This is a statement about one more seed, not about the mean.",
+        f"{won}{equal}{coming}",
         "Correlation: of the two arms over the seeds. Seeds without pairs: the seeds in each arm that a comparison "
         "without common seeds would need for an interval as narrow; where it is below the number of pairs, pairing "
         "did not help.",

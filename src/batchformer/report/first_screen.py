@@ -49,7 +49,7 @@ def first_screen(comparison: Comparison) -> FirstScreen:
         >>> runs = (Run(Path(), "r", "plain", 0, {"top1": 0.7}), Run(Path(), "r", "batchformer", 0, {"top1": 0.8}))
         >>> shown = first_screen(Comparison(Path("c"), "r", ("plain", "batchformer"), (0,), "top1", runs))
         >>> print(shown.answer)
-        With 1 seed BatchFormer was 10 points better, but one or two seeds cannot tell a gain from luck.
+        With 1 seed BatchFormer was 10.00 points better, but one or two seeds cannot tell a gain from luck.
     """
     difference = comparison.difference(TREATMENT, BASELINE, comparison.primary)
     measure = comparison.measure(comparison.primary)
@@ -81,10 +81,9 @@ def _answer(comparison: Comparison, difference: PairedDifference, measure: Measu
         return f"With {seeds} BatchFormer was {found}, but one or two seeds cannot tell a gain from luck."
     if difference.no_spread:
         return f"BatchFormer was {found}, and by exactly as much with each of {seeds}, which is not what seeds do."
-    rough = (f"; {measure.direction}" if measure.direction else "") + (
-        f", rough with {seeds}" if difference.few else ""
-    )
-    numbers = f"({INTERVAL} {measure.signed(difference.low)} to {measure.signed(difference.high)}{rough})"
+    interval = f"{INTERVAL} {measure.signed(difference.low)} to {measure.signed(difference.high)}"
+    rough = f"rough with {seeds}" if difference.few else ""
+    numbers = f"({'; '.join(filter(None, (interval, measure.direction, rough)))})"
     margin = "" if difference.margin is None else f"the margin of {measure.amount(difference.margin)}"
     meaning = {
         "improves": ", which luck alone would rarely do: it helps on these data",
@@ -102,7 +101,8 @@ def _found(difference: PairedDifference, measure: Measure) -> str:
     if difference.mean == 0 or (difference.no_spread and abs(difference.mean) < 1e-12):
         return f"as good as plain in {measure.label}" if difference.has_interval else "as good as plain"
     better = (difference.mean > 0) == difference.higher_is_better
-    return f"{measure.amount(difference.mean)} {'better' if better else 'worse'}"
+    size = f"{measure.signed(difference.mean)[1:]} {'points' if measure.is_fraction else measure.unit}".rstrip()
+    return f"{size} {'better' if better else 'worse'}"
 
 
 def _next(comparison: Comparison, difference: PairedDifference) -> tuple[str, str]:

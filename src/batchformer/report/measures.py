@@ -146,10 +146,12 @@ class Measure:
         """The size of a difference with its unit and without a sign, such as a margin.
 
         Example:
-            >>> Measure("AP", "AP").amount(0.005), Measure("mae", "error", "years").amount(1.25)
+            >>> Measure("AP", "AP").amount(-0.005), Measure("mae", "error", "years").amount(1.25)
             ('0.5 points', '1.25 years')
         """
-        return f"{self.scaled(abs(difference)):.3g} {'points' if self.is_fraction else self.unit}".rstrip()
+        number = f"{self.scaled(abs(difference)):.3g}"
+        unit = ("point" if number == "1" else "points") if self.is_fraction else self.unit
+        return f"{number} {unit}".rstrip()
 
     @property
     def bounds(self) -> tuple[float, float]:

@@ -102,7 +102,7 @@ def _for_the_margin(
     lines = (
         f"A true difference as large as the margin of {margin} takes {best} seeds to be shown ({low} to {high} for the "
         "lowest and highest likely spread). To show that the two are practically equal when nothing differs takes "
-        f"{_count(equal)}"
+        f"{_count(equal)} seeds"
     )
     further = (equal or 0) - difference.n
     if further > 0 and math.isfinite(each):

@@ -95,7 +95,8 @@ def plot_differences(comparison: Comparison) -> tuple["Figure", "Axes"]:
     ax.tick_params(axis="y", length=0)
     brackets = "; ".join(filter(None, (measure.difference_unit, measure.direction)))
     ax.set_xlabel(_plain_text(f"difference to plain in {measure.label}" + (f" ({brackets})" if brackets else "")))
-    ax.set_title(f"small dot: one seed; large mark: mean; bar: {INTERVAL}", fontsize=9, color=_GREY, loc="left")
+    bar = INTERVAL if len(comparison.beside) < 2 else f"{INTERVAL}, wider for controls so that all hold at once"
+    ax.set_title(f"small dot: one seed; large mark: mean; bar: {bar}", fontsize=9, color=_GREY, loc="left")
     _plain_axes(ax)
     ax.spines["left"].set_visible(False)
     return fig, ax

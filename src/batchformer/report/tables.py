@@ -180,7 +180,8 @@ def _against(comparison: Comparison, difference: PairedDifference, reference: st
 
 
 def _simultaneous_notes(comparison: Comparison) -> list[str]:
-    if len(comparison.beside) < 2:
+    differences = [comparison.difference(*pair, comparison.primary) for pair in comparison.beside]
+    if len(differences) < 2 or not any(difference.has_interval for difference in differences):
         return []
     each = as_percent(comparison.beside_confidence)
     return [
