@@ -22,7 +22,7 @@ __all__ = [
     "t_quantile",
 ]
 
-Verdict = Literal["improves", "worsens", "no difference shown", "too few seeds"]
+Verdict = Literal["improves", "worsens", "no difference shown", "too few seeds", "no verdict"]
 
 CONFIDENCE = 0.95
 MIN_SEEDS = 3  # below this there is no interval worth the name: with two pairs the t factor is 12.7
@@ -131,6 +131,7 @@ class PairedDifference:
         undefined: Seeds that both arms have, with a value that is not finite in at least one.
         higher_is_better: False for errors such as the calibration error.
         confidence: Confidence of the interval, in (0, 1).
+        same_data: False where the runs were made on different data, which allows no verdict.
     """
 
     seeds: tuple[int, ...]
@@ -143,6 +144,7 @@ class PairedDifference:
     undefined: tuple[int, ...] = ()
     higher_is_better: bool = True
     confidence: float = CONFIDENCE
+    same_data: bool = True
 
     @property
     def n(self) -> int:
@@ -167,6 +169,8 @@ class PairedDifference:
     @property
     def verdict(self) -> Verdict:
         """Verdict that the interval allows; an interval that touches zero includes it."""
+        if not self.same_data:
+            return "no verdict"
         if not self.has_interval:
             return "too few seeds"
         if self.low <= 0.0 <= self.high:

@@ -7,7 +7,7 @@ where every seed is run on several units (target domains, splits). A run that ca
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ class Run:
         measures: Labels, units and directions of the metrics, in the order of the tables.
         unit: Name of the unit of the run; empty where the seed is all there is.
         stages: Cost of each stage; empty in results of earlier versions.
+        data: Split -> fingerprint of its content; empty in results of earlier versions.
     """
 
     path: Path
@@ -127,6 +128,7 @@ class Run:
     measures: tuple[Measure, ...] = OLDER_MEASURES
     unit: str = ""
     stages: tuple[StageCost, ...] = ()
+    data: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -183,6 +185,7 @@ class Comparison:
         command: Command that started the comparison.
         date: Time at which it was started.
         units: Planned units; one without a name where the seed is all there is.
+        data: Name of the unit -> split -> fingerprint that the comparison was started with; empty in earlier versions.
     """
 
     path: Path
@@ -195,6 +198,7 @@ class Comparison:
     command: str = ""
     date: str = ""
     units: tuple[Unit, ...] = (Unit(),)
+    data: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def planned(self) -> int:
@@ -240,11 +244,24 @@ class Comparison:
 
     def difference(self, arm: str, reference: str, metric: str, unit: str | None = None) -> PairedDifference:
         """Paired difference ``arm - reference`` of a metric, over all units of a seed or over one of them."""
-        return paired_difference(
+        difference = paired_difference(
             self.values(arm, metric, unit),
             self.values(reference, metric, unit),
             higher_is_better=self.measure(metric).higher_is_better,
         )
+        return replace(difference, same_data=not self.mixed_splits)
+
+    @property
+    def mixed_splits(self) -> dict[tuple[str, str], dict[str, list[str]]]:
+        """Unit and split -> fingerprint -> what has it, for each split of which there is more than one fingerprint."""
+        plans = [(unit, "the plan", data) for unit, data in self.data.items()]
+        known = [entry for entry in (*plans, *((run.unit, run.name, run.data) for run in self.runs)) if entry[2]]
+        found: dict[tuple[str, str], dict[str, list[str]]] = {}
+        for where in dict.fromkeys((unit, split) for unit, _, data in known for split in data):
+            for unit, name, data in known:
+                if unit == where[0]:
+                    found.setdefault(where, {}).setdefault(data.get(where[1], "absent"), []).append(name)
+        return {where: fingerprints for where, fingerprints in found.items() if len(fingerprints) > 1}
 
     @property
     def measures(self) -> tuple[Measure, ...]:

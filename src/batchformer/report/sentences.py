@@ -10,6 +10,7 @@ from .runs import BASELINE, TREATMENT, Comparison
 from .settings import single_stream
 
 __all__ = [
+    "DIFFERENT_DATA",
     "arm_text",
     "conclusions",
     "control_sentence",
@@ -17,6 +18,9 @@ __all__ = [
     "multiple_comparisons",
     "verdict_text",
 ]
+
+DIFFERENT_DATA = "Runs were made on different data: no verdict."
+"""Sentence about a comparison whose runs have different fingerprints of their data."""
 
 # Descriptions of the arms; the cards use the same words.
 _ARMS = {
@@ -81,7 +85,8 @@ def verdict_text(difference: PairedDifference) -> str:
         >>> verdict_text(paired_difference({0: 0.9, 1: 0.8, 2: 0.9}, {0: 0.5, 1: 0.5, 2: 0.5}))
         'improves (few seeds)'
     """
-    return f"{difference.verdict} (few seeds)" if difference.few else difference.verdict
+    few = difference.few and difference.same_data
+    return f"{difference.verdict} (few seeds)" if few else difference.verdict
 
 
 def gain_sentence(difference: PairedDifference, measure: Measure) -> str:
@@ -95,6 +100,7 @@ def gain_sentence(difference: PairedDifference, measure: Measure) -> str:
         f"{numbers}. The interval includes zero, which is neither a gain nor a proof of no effect.",
         "too few seeds": f"There are too few seeds to say whether BatchFormer changes {label} {numbers}. "
         f"At least {MIN_SEEDS} paired seeds are needed; 5 or more are better.",
+        "no verdict": DIFFERENT_DATA,
     }[difference.verdict]
     return sentence + _reservations(difference)
 
@@ -122,6 +128,7 @@ def control_sentence(control: str, difference: PairedDifference, measure: Measur
         "worsens": worse,
         "no difference shown": f"{control} did about as well; these runs do not show that {question}.",
         "too few seeds": "There are too few seeds to say more.",
+        "no verdict": DIFFERENT_DATA,
     }[difference.verdict]
     numbers = measure.described(difference)
     return f"BatchFormer minus {control}: {numbers}. {meaning}{_reservations(difference)}"
@@ -152,6 +159,8 @@ def conclusions(comparison: Comparison) -> list[str]:
     """
     if not comparison.of(TREATMENT):
         return ["No run with BatchFormer is finished, so nothing can be said about it yet."]
+    if comparison.mixed_splits:
+        return [DIFFERENT_DATA]
     measure = comparison.measure(comparison.primary)
     sentences = []
     gain = None
