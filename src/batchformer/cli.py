@@ -147,7 +147,7 @@ def _add_training_verbs(add: AddVerb) -> None:
     fit.add_argument("recipe", metavar="RECIPE", help="recipe by name, a .yaml file, or a run folder with --resume")
     fit.add_argument("--name", help="name of the run folder (default: recipe, arm and seed)")
     fit.add_argument("--out", default="runs", help="folder that run folders are made in (default: runs)")
-    fit.add_argument("--resume", action="store_true", help="go on exactly where the run stopped")
+    fit.add_argument("--resume", action="store_true", help="go on exactly where it stopped (moved data: --data.root)")
     fit.add_argument("--print-config", action="store_true", help="print every setting with its value, and stop")
 
     moved = "For data that was moved: --data.root=FOLDER, and --data.num_workers=N, --data.memory_gib=N."
