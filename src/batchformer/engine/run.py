@@ -187,6 +187,7 @@ def data_fingerprints(recipe: Path, overrides: Sequence[str], folder: Path) -> d
         overrides: ``--key=value`` settings on top.
         folder: Folder for the run; nothing is written there.
     """
+    quiet()
     _, stages = _plan_of(recipe, overrides, folder)
     data = parse(recipe, overrides, stages[-1].overrides, **_surroundings(folder)).datamodule
     data.prepare_data()
