@@ -51,7 +51,7 @@ def _run(words: list[str]) -> int:
     parser, verbs = _parsers()
     verb = next((word for word in words if not word.startswith("-")), None)
     overrides: list[str] = []
-    if verb in ("fit", "compare"):
+    if verb in ("fit", "test", "compare"):
         words, overrides = _take_overrides(words, verbs[verb])
     arguments = parser.parse_args(words)
     if arguments.verb is None:
@@ -147,10 +147,11 @@ def _add_training_verbs(add: AddVerb) -> None:
     fit.add_argument("recipe", metavar="RECIPE", help="recipe by name, a .yaml file, or a run folder with --resume")
     fit.add_argument("--name", help="name of the run folder (default: recipe, arm and seed)")
     fit.add_argument("--out", default="runs", help="folder that run folders are made in (default: runs)")
-    fit.add_argument("--resume", action="store_true", help="go on exactly where the run stopped")
+    fit.add_argument("--resume", action="store_true", help="go on exactly where it stopped (moved data: --data.root)")
     fit.add_argument("--print-config", action="store_true", help="print every setting with its value, and stop")
 
-    test = add("test", _test, "test the plain network of a run on the test split")
+    moved = "For data that was moved: --data.root=FOLDER, and --data.num_workers=N, --data.memory_gib=N."
+    test = add("test", _test, "test the plain network of a run on the test split", moved)
     test.add_argument("run_folder", metavar="RUN")
 
     compare = add("compare", _compare, "compare plain with +BatchFormer on the same seeds and data order", OVERRIDES)
@@ -288,7 +289,7 @@ def _test(arguments: argparse.Namespace) -> None:
     from .engine.run import test
 
     run = Path(arguments.run_folder)
-    print(line(test(run), measures_of(run / RUN_CONFIG)))
+    print(line(test(run, arguments.overrides), measures_of(run / RUN_CONFIG)))
 
 
 def _compare(arguments: argparse.Namespace) -> None:

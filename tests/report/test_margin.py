@@ -10,6 +10,7 @@ import scipy.stats
 from batchformer import cli
 from batchformer.engine.compare import _write_plan
 from batchformer.engine.errors import ConfigError
+from batchformer.engine.recipes import find_recipe
 from batchformer.report import ReportError, paired_difference, read_comparison, write_report
 from batchformer.report.measures import Measure
 from batchformer.report.sentences import control_sentence, gain_sentence, verdict_text
@@ -124,16 +125,19 @@ def test_a_report_takes_a_margin_for_an_older_comparison_and_says_so(folders, tm
     assert ",better" in (tmp_path / "out/differences.csv").read_text()
 
 
+RECIPE = find_recipe("longtail/folder").path
+
+
 def test_a_comparison_keeps_the_margin_that_was_written_down_first(tmp_path):
-    plan = {"recipe": "r", "arms": ["plain"], "seeds": [0], "units": [], "primary": "top1"}
-    _write_plan(tmp_path, {**plan, "margin": 0.5})
-    _write_plan(tmp_path, {**plan, "seeds": [1]})
+    plan = {"recipe": "r", "arms": ["plain"], "seeds": [0], "units": [], "data": {}, "primary": "top1"}
+    _write_plan(RECIPE, (), tmp_path, {**plan, "margin": 0.5})
+    _write_plan(RECIPE, (), tmp_path, {**plan, "seeds": [1]})
     assert json.loads((tmp_path / "compare.json").read_text())["margin"] == 0.5
-    _write_plan(tmp_path, {**plan, "margin": 0.5})
+    _write_plan(RECIPE, (), tmp_path, {**plan, "margin": 0.5})
     with pytest.raises(ConfigError, match=r"written down before the runs \(0.5\), got 0.2.*report .* --margin 0.2"):
-        _write_plan(tmp_path, {**plan, "margin": 0.2})
+        _write_plan(RECIPE, (), tmp_path, {**plan, "margin": 0.2})
     other = tmp_path / "other"
     other.mkdir()
-    _write_plan(other, plan)
+    _write_plan(RECIPE, (), other, plan)
     with pytest.raises(ConfigError, match=r"before the runs \(none\), got 0.2"):
-        _write_plan(other, {**plan, "margin": 0.2})
+        _write_plan(RECIPE, (), other, {**plan, "margin": 0.2})

@@ -1,17 +1,14 @@
 """Checks of all classes and image files before the first step; all problems of one kind are in one message."""
 
-import hashlib
-import json
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
-from .atomic import write_text
 from .errors import MOST_SHOWN, DataError, DataNotFoundError, listing
+from .fingerprints import FileMemory, Seen, file_hash, stamps
 from .images import in_threads
 from .lists import Samples, check_labels
 
@@ -34,11 +31,13 @@ def check_classes(counts: Tensor, classes: Sequence[str]) -> None:
         )
 
 
-def check_samples(samples: Samples, *, what: str = "training", cache: Path | None = None, decode: bool = True) -> None:
-    """Check that every file is there and, on request, that every image can be decoded to its end.
+def check_samples(
+    samples: Samples, *, what: str = "training", cache: Path | None = None, decode: bool = True
+) -> dict[str, str]:
+    """Check that every file is there and, on request, that every image can be decoded to its end; hash all files.
 
-    Decoding runs in threads. Files that passed are remembered by path, size and time of change, so that later starts
-    need not decode them again.
+    Files are read in threads. Those that passed are remembered by path, size and times of change, with their hashes, so
+    that later starts need not read them again.
 
     Args:
         samples: Image files and labels to check.
@@ -46,14 +45,17 @@ def check_samples(samples: Samples, *, what: str = "training", cache: Path | Non
         cache: Folder in which to remember the files that passed; ``None`` remembers nothing.
         decode: Also decode every image.
 
+    Returns:
+        Hash of the bytes of each file, by path.
+
     Raises:
         DataNotFoundError: Files are missing; the message lists all of them.
-        DataError: Images cannot be decoded; the message lists all of them with the reason.
+        DataError: Images cannot be read or decoded; the message lists all of them with the reason.
     """
     check_labels(samples)
     unique = sorted(set(samples.paths))
-    stamps = dict(zip(unique, in_threads(partial(_stamp, samples.root), unique, "looking for images"), strict=True))
-    missing = [path for path in unique if stamps[path] is None]
+    found = stamps(samples.root, unique, "looking for images")
+    missing = [path for path in unique if path not in found]
     if missing:
         left = f"{len(missing) - MOST_SHOWN} more are missing. " if len(missing) > MOST_SHOWN else ""
         raise DataNotFoundError(
@@ -61,34 +63,31 @@ def check_samples(samples: Samples, *, what: str = "training", cache: Path | Non
             [samples.root / path for path in missing[:MOST_SHOWN]],
             [f"{left}Point root to the folder that the paths are relative to, or take these images out of the list."],
         )
-    if not decode:
-        return
-    memory = (
-        cache / f"{hashlib.blake2b(str(samples.root.resolve()).encode(), digest_size=8).hexdigest()}.json"
-        if cache
-        else None
-    )
-    known = _remembered(memory)
-    unseen = [path for path in unique if known.get(path) != stamps[path]]
-    problems = in_threads(partial(_decoding_problem, samples.root), unseen, f"checking {what} images")
-    good = {path: stamps[path] for path, problem in zip(unseen, problems, strict=True) if not problem}
-    if memory and good:
-        with suppress(OSError):  # a read-only home only costs the time of the next check
-            write_text(memory, json.dumps(known | good))
-    corrupt = [f"{path}: {problem}" for path, problem in zip(unseen, problems, strict=True) if problem]
+    memory = FileMemory(samples.root, cache)
+    seen = {path: memory.known(path, now) for path, now in found.items()}
+    unseen = [(path, known) for path, known in seen.items() if not known.digest or (decode and not known.decoded)]
+    looks = in_threads(partial(_look, samples.root, decode), unseen, f"checking {what} images")
+    good = {path: now for (path, _), (now, problem) in zip(unseen, looks, strict=True) if not problem}
+    memory.remember({path: (found[path], now) for path, now in good.items()})
+    corrupt = [f"{path}: {problem}" for (path, _), (_, problem) in zip(unseen, looks, strict=True) if problem]
     if corrupt:
         raise DataError(
-            f"Expected images that can be decoded in {samples.root}, "
+            f"Expected images that can be {'decoded' if decode else 'read'} in {samples.root}, "
             f"{len(corrupt)} of {len(unique)} {what} images cannot:{listing(corrupt)}\nReplace them or take them out."
         )
+    return {path: known.digest for path, known in {**seen, **good}.items()}
 
 
-def _stamp(root: Path, path: str) -> list[int] | None:
+def _look(root: Path, decode: bool, entry: tuple[str, Seen]) -> tuple[Seen, str]:
+    """Hash and decode a file as far as that was not done before; return what is known now, and the problem."""
+    path, known = entry
     try:
-        status = (root / path).stat()
-    except OSError:
-        return None
-    return [status.st_size, status.st_mtime_ns]
+        # Hashing comes first: the decoder then finds the file in memory.
+        digest = known.digest or file_hash(root / path)
+    except OSError as error:
+        return known, error.strerror or str(error)
+    problem = _decoding_problem(root, path) if decode and not known.decoded else ""
+    return Seen(digest, known.decoded or decode), problem
 
 
 def _decoding_problem(root: Path, path: str) -> str:
@@ -99,11 +98,3 @@ def _decoding_problem(root: Path, path: str) -> str:
     except Exception as problem:
         return str(problem) or type(problem).__name__
     return ""
-
-
-def _remembered(memory: Path | None) -> dict[str, list[int] | None]:
-    try:
-        known = json.loads(memory.read_text("utf-8")) if memory else {}
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}

@@ -19,12 +19,14 @@ from typing import Any, cast
 from batchformer.data.atomic import alone_in, write_json, write_text
 from batchformer.tasks.training.arms import ARMS
 from batchformer.tasks.training.contract import Measure, Unit
+from batchformer.tasks.training.data import changed_splits, in_words
 from batchformer.tasks.training.task import Task
 
-from .config import setting, task_of
+from .config import RUN_CONFIG, setting, task_of
 from .errors import ConfigError
 from .metrics import shown
-from .run import DONE, discard, first_rank, fit
+from .resuming import DONE, read_result, refuse_result_on_other_data
+from .run import data_fingerprints, discard, first_rank, fit, refuse_settings_unlike
 from .stages import word
 from .tasks import task_class, tasks
 
@@ -74,7 +76,7 @@ def compare(
     arms = _arms(controls, single=setting(recipe, overrides, "model.batchformer.mode") == "single_stream")
     task = _comparable_task(recipe, overrides, seeds)
     units = _units(task, recipe, overrides)
-    asked = {
+    asked: dict[str, Any] = {
         "recipe": name,
         "command": command,
         "arms": arms,
@@ -84,7 +86,8 @@ def compare(
         **({} if margin is None else {"margin": margin}),
     }
     with alone_in(folder) if first_rank() else nullcontext(), _keeping_the_plan(folder, resume):
-        _write_plan(folder, asked)
+        asked["data"] = _data(recipe, overrides, folder, units)
+        _write_plan(recipe, overrides, folder, asked)
         _run_all(recipe, overrides, folder, asked, units, task.measures, say)
     return folder
 
@@ -99,19 +102,40 @@ def _run_all(
     say: Callable[[str], None],
 ) -> None:
     runs = [(arm, seed, unit) for seed in plan["seeds"] for unit in units.values() for arm in plan["arms"]]
+    for arm, seed, unit in runs:
+        _refuse_a_result_on_other_data(folder / _run_folder(arm, seed, unit), plan, unit)
     started = time.monotonic()
     for finished, (arm, seed, unit) in enumerate(runs, 1):
-        run = folder / arm / (f"seed{seed}-{unit.name}" if unit.name else f"seed{seed}")
+        run = folder / _run_folder(arm, seed, unit)
         before = (run / DONE).exists()
         own = [*overrides, "--trainer.devices=1", f"--seed={seed}", f"--model.batchformer.arm={arm}"]
         own += [word(key, value) for key, value in unit.settings.items()]
         result = _run_in_process(recipe, own, run, plan["recipe"], unit.name or None, plan["command"])
+        _refuse_a_result_on_other_data(run, plan, unit)
         value = shown(plan["primary"], result["metrics"].get(plan["primary"]), measures)
         note = "kept" if before else f"{result['cost']['train_seconds']:.0f} s of training"
         who = f"{arm}, seed {seed}{f', {unit.name}' if unit.name else ''}"
         say(f"[{finished}/{len(runs)}] {who}: {value} ({note})")
         if finished == 1 and not before and len(runs) > 1:
             say(f"About {(time.monotonic() - started) * (len(runs) - 1) / 60:.1f} minutes to go.")
+
+
+def _run_folder(arm: str, seed: int, unit: Unit) -> str:
+    return f"{arm}/seed{seed}-{unit.name}" if unit.name else f"{arm}/seed{seed}"
+
+
+def _data(recipe: Path, overrides: Sequence[str], folder: Path, units: Mapping[str, Unit]) -> dict[str, dict[str, str]]:
+    """Return the fingerprints of the data of each unit, by its name."""
+    own = {name: [word(key, value) for key, value in unit.settings.items()] for name, unit in units.items()}
+    return {
+        name: data_fingerprints(recipe, [*overrides, "--trainer.devices=1", *words], folder)
+        for name, words in own.items()
+    }
+
+
+def _refuse_a_result_on_other_data(run: Path, plan: Mapping[str, Any], unit: Unit) -> None:
+    if (result := read_result(run)) is not None:
+        refuse_result_on_other_data(run, result, plan["data"].get(unit.name, {}))
 
 
 def _units(task: type[Task], recipe: Path, overrides: Sequence[str]) -> dict[str, Unit]:
@@ -161,8 +185,8 @@ def _arms(controls: Sequence[str], *, single: bool) -> list[str]:
     return ["plain", "batchformer", *dict.fromkeys(controls)]
 
 
-def _write_plan(folder: Path, plan: dict[str, Any]) -> None:
-    """Write the plan of the runs; arms and seeds of an earlier plan stay in it."""
+def _write_plan(recipe: Path, overrides: Sequence[str], folder: Path, plan: dict[str, Any]) -> None:
+    """Write the plan of the runs; arms, seeds and data of an earlier plan stay in it."""
     path = folder / PLAN
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -181,11 +205,29 @@ def _write_plan(folder: Path, plan: dict[str, Any]) -> None:
             )
         if "margin" in before:
             plan["margin"] = before["margin"]
+        known = before.get("data") or {}
+        if splits := [
+            split for unit, now in plan["data"].items() for split in changed_splits(known.get(unit, {}), now)
+        ]:
+            _refuse_other_settings(recipe, overrides, folder)
+            raise ConfigError(
+                f"Expected the data that the comparison in {folder} was started on, but "
+                f"{in_words(list(dict.fromkeys(splits)))}. Bring that data back, or choose another --name."
+            )
+        plan["data"] |= {unit: splits for unit, splits in known.items() if splits}
         # Seeds and controls may be added to a comparison; those that are there stay.
         for key in ("arms", "seeds"):
             plan[key] = list(dict.fromkeys([*before[key], *plan[key]]))
     if first_rank():
         write_json(path, {**plan, "date": datetime.now().astimezone().isoformat(timespec="seconds")})
+
+
+def _refuse_other_settings(recipe: Path, overrides: Sequence[str], folder: Path) -> None:
+    """Refuse settings other than those of a run that is there, since they may be why the data is another."""
+    for path in sorted(folder.glob(f"*/*/{RUN_CONFIG}"))[:1]:
+        arm, seed = (setting(path, (), key) for key in ("model.batchformer.arm", "seed"))
+        own = [*overrides, "--trainer.devices=1", f"--seed={seed}", f"--model.batchformer.arm={arm}"]
+        refuse_settings_unlike(path.parent, recipe, own)
 
 
 def _listed(units: Sequence[Mapping[str, str]]) -> str:

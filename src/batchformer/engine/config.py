@@ -144,14 +144,22 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def dump(cli: LightningCLI) -> str:
-    """Return the resolved config as YAML, which is a recipe again."""
+def dump(cli: LightningCLI, *, absolute: Sequence[str] = ()) -> str:
+    """Return the resolved config as YAML, which is a recipe again.
+
+    Args:
+        cli: Parsed command line.
+        absolute: Settings whose paths are made absolute, so that they hold in any working folder.
+    """
     config = cli.config.clone()
     for name in ("config", *(f"trainer.{name}" for name in CIRCUMSTANCES)):
         config.pop(name, None)
     for stage in config.get("stages") or ():
         # A stage says what differs from the settings of the run, so that equal runs have equal configs.
         stage.settings = {key: value for key, value in stage.settings.items() if config.get(key) != value}
+    for key in absolute:
+        if config.get(key) is not None:
+            config[key] = str(Path(config[key]).expanduser().absolute())
     text: str = cli.parser.dump(config, skip_none=False, skip_link_targets=True)
     return text
 

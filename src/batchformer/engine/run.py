@@ -21,12 +21,23 @@ from batchformer.core import BatchFormer
 from batchformer.data.atomic import alone_in, write_json, write_text
 from batchformer.tasks.training.checkpoint import checkpoint_of
 from batchformer.tasks.training.contract import Stage
+from batchformer.tasks.training.data import TaskData
 from batchformer.tasks.training.task import Task
 
 from .callbacks import Cost, History
-from .config import RUN_CONFIG, differences, dump, parse, setting, task_of
+from .config import RUN_CONFIG, dump, parse, setting, task_of
 from .environment import environment, peak_memory_mb
 from .errors import ConfigError
+from .resuming import (
+    DONE,
+    PLACES,
+    refuse_another_run,
+    refuse_missing_root,
+    refuse_other_data,
+    refuse_other_settings,
+    refuse_other_than_reading,
+    write_config,
+)
 from .run_files import WholeCheckpoints
 from .stages import (
     PlannedStage,
@@ -39,8 +50,6 @@ from .stages import (
     stage_of,
     with_start,
 )
-
-DONE = "done"
 
 
 def fit(
@@ -75,13 +84,13 @@ def fit(
         ConfigError: For wrong settings; with ``resume`` for settings that differ from the run's.
     """
     if first_rank() and not resume:
-        _refuse_another_run(folder)
+        refuse_another_run(folder)
     quiet()
     history = History(folder / "metrics.csv")
     whole, stages = _plan_of(recipe, overrides, folder)
     with alone_in(folder) if first_rank() else nullcontext():
         if first_rank():
-            _write_config(folder, dump(whole), resume)
+            _write_config(recipe, overrides, folder, whole, stages, resume)
         if resume and (folder / DONE).exists():
             say(f"{folder} is finished already.")
             return cast(dict[str, Any], json.loads((folder / "result.json").read_text(encoding="utf-8")))
@@ -170,19 +179,57 @@ def _train(cli: LightningCLI, folder: Path, stage: Stage, history: History) -> N
         history.write()
 
 
-def test(run: Path) -> dict[str, float | None]:
-    """Test the plain network of a run on the test split; of a run that stopped, as its last checkpoint has it.
+def data_fingerprints(recipe: Path, overrides: Sequence[str], folder: Path) -> dict[str, str]:
+    """Return the fingerprint of each split of the data that a run's result would be on; data is fetched if absent.
+
+    Args:
+        recipe: YAML file.
+        overrides: ``--key=value`` settings on top.
+        folder: Folder for the run; nothing is written there.
+    """
+    quiet()
+    _, stages = _plan_of(recipe, overrides, folder)
+    data = parse(recipe, overrides, stages[-1].overrides, **_surroundings(folder)).datamodule
+    data.prepare_data()
+    return cast(TaskData, data).fingerprints()
+
+
+def refuse_settings_unlike(run: Path, recipe: Path, overrides: Sequence[str]) -> None:
+    """Refuse settings other than those of a run, except for the place of the data and how it is read.
+
+    Raises:
+        ConfigError: Lists them.
+    """
+    refuse_other_settings(run, _settings_of(run / RUN_CONFIG), dump(_plan_of(recipe, overrides, run)[0]))
+
+
+def _settings_of(config: Path) -> str:
+    """Return the settings of a run in today's terms and with today's defaults."""
+    return dump(parse(config, **_surroundings(config.parent)), absolute=PLACES)
+
+
+def test(run: Path, overrides: Sequence[str] = ()) -> dict[str, float | None]:  # noqa: PT028  # no test of pytest's
+    """Test the plain network of a run on the test split, and warn if that is not the data that it was trained on.
+
+    Of a run that stopped, it is the network as its last checkpoint has it.
+
+    Args:
+        run: Run folder.
+        overrides: ``--key=value`` settings of where the data lies and how it is read.
 
     Returns:
         Metric to value; ``None`` where it is not defined.
 
     Raises:
-        FileNotFoundError: When the run has no checkpoint.
+        FileNotFoundError: When the run has no checkpoint, or there is no folder of the data where the settings say.
+        ConfigError: For settings other than those of the data's place and reading.
     """
+    refuse_other_than_reading(overrides)
+    refuse_missing_root(overrides)
     checkpoint = checkpoint_of(run)
     quiet()
     # However many devices trained it: one process meets every test image once, and can be had anywhere.
-    alone = ("--trainer.devices=1", "--trainer.strategy=auto", "--trainer.num_nodes=1")
+    alone = (*overrides, "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.num_nodes=1")
     config = run / RUN_CONFIG
     whole = parse(config, alone, **_surroundings(run))
     stages = plan(whole.config.get("stages"), whole.model.stages)
@@ -211,11 +258,6 @@ def first_rank() -> bool:
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
 
 
-def _refuse_another_run(folder: Path) -> None:
-    if (folder / RUN_CONFIG).exists():
-        raise FileExistsError(f"{folder} has a run already. Go on with --resume, or choose another --name.")
-
-
 def _surroundings(folder: Path, callbacks: Sequence[Callback] = (), *, saves: bool = True) -> dict[str, Any]:
     """Return the Trainer's arguments that are not a recipe's business; ``saves`` is off where nothing is trained."""
     shown = sys.stderr.isatty()
@@ -232,21 +274,31 @@ def _surroundings(folder: Path, callbacks: Sequence[Callback] = (), *, saves: bo
     }
 
 
-def _write_config(folder: Path, text: str, resume: bool) -> None:
-    path = folder / RUN_CONFIG
-    if resume and path.exists():
-        before = dump(parse(path, **_surroundings(folder)))  # in today's terms, with today's defaults
-        if changed := differences(before, text):
-            listed = "".join(f"\n  {line}" for line in changed)
-            raise ConfigError(
-                f"Expected the settings that {folder} was started with, got others:{listed}\n"
-                "Resume with the same settings, or start another run with --name."
-            )
-        if differences(path.read_text(encoding="utf-8"), before):
-            write_text(path, before)  # a run of an earlier version stands in one table with those of today
-        return
-    _refuse_another_run(folder)
-    write_text(path, text)
+def _write_config(
+    recipe: Path,
+    overrides: Sequence[str],
+    folder: Path,
+    whole: LightningCLI,
+    stages: Sequence[PlannedStage],
+    resume: bool,
+) -> None:
+    """Write the settings of a run; one that goes on must have those that are there, and the data that it had."""
+
+    def data_of(planned: PlannedStage) -> TaskData:
+        return cast(TaskData, parse(recipe, overrides, planned.overrides, **_surroundings(folder)).datamodule)
+
+    def guard(moved: bool) -> None:
+        if moved:
+            refuse_missing_root(overrides)
+        refuse_other_data(folder, stages, task_of(recipe), data_of, moved=moved)
+
+    write_config(
+        folder,
+        dump(whole, absolute=PLACES),
+        _settings_of,
+        resume=resume,
+        guard=guard,
+    )
 
 
 def _write_environment(folder: Path, now: dict[str, Any]) -> None:
@@ -289,6 +341,7 @@ def _result(cli: LightningCLI, name: str, unit: str | None, cost: Cost, stages: 
         },
         "selection": "last epoch",
         "split": "test",
+        "data": task.fingerprints,
         "notes": task.notes(),
         "date": host["date"],
         "host": {**host["hardware"], "precision": host["precision"], "torch": host["versions"].get("torch")},

@@ -5,6 +5,7 @@ from typing import Any
 
 from .paired import FEW_SEEDS
 from .runs import BASELINE, TREATMENT, Comparison, LeftOut, Run
+from .sentences import DIFFERENT_DATA
 from .settings import setting_differences, settings_of
 
 __all__ = ["caveats", "hardware", "left_out_lines", "precision", "run_caveats", "some", "versions"]
@@ -16,6 +17,7 @@ _MOMENTARY = {"free", "available", "load", "used", "hostname", "time"}
 def caveats(comparison: Comparison) -> list[str]:
     """All reservations about a comparison, the gravest first; empty when there are none."""
     return [
+        *_mixed_data(comparison),
         *left_out_lines(comparison.left_out, comparison.planned),
         *_few_seeds(comparison),
         *_margin(comparison),
@@ -23,6 +25,17 @@ def caveats(comparison: Comparison) -> list[str]:
         *run_caveats(comparison.runs),
         *_undefined(comparison),
     ]
+
+
+def _mixed_data(comparison: Comparison) -> list[str]:
+    lines = []
+    for (unit, split), fingerprints in comparison.mixed_splits.items():
+        of_unit = f" of unit {unit}" if unit else ""
+        listing = "; ".join(f"{fingerprint} in {some(names)}" for fingerprint, names in fingerprints.items())
+        lines.append(f"The split {split}{of_unit} is not the same data in all runs: {listing}.")
+    if lines:
+        lines.insert(0, f"{DIFFERENT_DATA} Delete the runs that do not belong and go on with --resume.")
+    return lines
 
 
 def left_out_lines(left_out: Sequence[LeftOut], planned: int | None = None) -> list[str]:

@@ -132,13 +132,13 @@ def smallest_p(n: int) -> float:
 def certainty_table(comparison: Comparison) -> list[Table]:
     """BatchFormer against every other arm: seeds won, the next seed, the worth of pairing, the exact test.
 
-    The list is empty where no pair of runs is finished.
+    The list is empty where no pair of runs is finished, and for runs on different data.
     """
     others = [step.reference for step in comparison.steps]
     others += [reference for arm, reference in comparison.beside if arm == TREATMENT]
     pairs = [(other, comparison.difference(TREATMENT, other, comparison.primary)) for other in others]
     pairs = [(other, difference) for other, difference in pairs if difference.n]
-    if not pairs:
+    if not pairs or comparison.mixed_splits:
         return []
     rows = tuple(_row(comparison, other, difference) for other, difference in pairs)
     columns = ("reference", "seeds won", "next seed gains", "correlation", "seeds without pairs", "exact p")

@@ -120,13 +120,15 @@ def convergence_table(comparison: Comparison) -> Table | None:
 
 
 def convergence_sentence(comparison: Comparison) -> str | None:
-    """One sentence on whether BatchFormer leads early, at the end, or both; None without curves of both arms.
+    """One sentence on whether BatchFormer leads early, at the end, or both.
+
+    It is None without curves of both arms, and when the runs were made on different data.
 
     Raises:
         ReportError: A file of curves is broken.
     """
     curves, measure = _curves(comparison), comparison.measure(comparison.primary)
-    if not {BASELINE, TREATMENT} <= set(curves):
+    if not {BASELINE, TREATMENT} <= set(curves) or comparison.mixed_splits:
         return None
     epochs = [_moment(curves, share) for share in (_MOMENTS[0], 1.0)]
     early, end = (_difference(curves, TREATMENT, epoch, measure) for epoch in epochs)

@@ -75,6 +75,8 @@ def _answer(comparison: Comparison, difference: PairedDifference, measure: Measu
         arm = next((arm for arm in (TREATMENT, BASELINE) if not comparison.of(arm)), None)
         missing = "seed is finished in both arms" if arm is None else f"run of {arm} is finished"
         return f"This is not known yet, since no {missing}."
+    if not difference.same_data:
+        return "The runs were made on different data, so that they cannot be compared and there is no verdict."
     seeds = f"{difference.n} seed{'' if difference.n == 1 else 's'}"
     found = _found(difference, measure)
     if not difference.has_interval:
@@ -107,6 +109,8 @@ def _found(difference: PairedDifference, measure: Measure) -> str:
 
 def _next(comparison: Comparison, difference: PairedDifference) -> tuple[str, str]:
     """The next step in words, and its command."""
+    if not difference.same_data:
+        return "Delete the runs on other data, which the caveats name, and train them anew:", _again(comparison)
     absent = [entry for entry in comparison.left_out if entry.arm is not None]
     if absent or not difference.n:
         runs = f"the {len(absent)} runs that are" if len(absent) > 1 else "the run that is" if absent else "the runs"

@@ -23,7 +23,7 @@ __all__ = [
     "t_quantile",
 ]
 
-Verdict = Literal["improves", "worsens", "no difference shown", "too few seeds"]
+Verdict = Literal["improves", "worsens", "no difference shown", "too few seeds", "no verdict"]
 Decision = Literal["better", "worse", "practically equal", "undecided", "too few seeds"]
 
 CONFIDENCE = 0.95
@@ -134,6 +134,7 @@ class PairedDifference:
         higher_is_better: False for errors such as the calibration error.
         confidence: Confidence of the interval, in (0, 1).
         margin: Smallest difference that matters, above 0, in the unit of the values; None where nobody named one.
+        same_data: False where the runs were made on different data, which allows no verdict.
     """
 
     seeds: tuple[int, ...]
@@ -147,6 +148,7 @@ class PairedDifference:
     higher_is_better: bool = True
     confidence: float = CONFIDENCE
     margin: float | None = None
+    same_data: bool = True
 
     @property
     def n(self) -> int:
@@ -171,6 +173,8 @@ class PairedDifference:
     @property
     def verdict(self) -> Verdict:
         """Verdict that the interval allows; an interval that touches zero includes it."""
+        if not self.same_data:
+            return "no verdict"
         if not self.has_interval:
             return "too few seeds"
         if self.low <= 0.0 <= self.high:
@@ -200,7 +204,7 @@ class PairedDifference:
             >>> flat.verdict, flat.decision
             ('no difference shown', 'practically equal')
         """
-        if self.margin is None:
+        if self.margin is None or not self.same_data:
             return None
         if not self.has_interval:
             return "too few seeds"

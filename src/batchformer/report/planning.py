@@ -46,10 +46,11 @@ def seconds_per_seed(comparison: Comparison) -> float:
 def planning_table(comparison: Comparison) -> list[Table]:
     """The difference between BatchFormer and plain that 3, 5, 10, ... seeds can show, and the time they take.
 
-    The list is empty below three pairs, from which no spread is known, and where all pairs are equal.
+    The list is empty below three pairs, from which no spread is known, where all pairs are equal, and for runs on
+    different data.
     """
     difference = comparison.difference(TREATMENT, BASELINE, comparison.primary)
-    if not difference.has_interval or difference.no_spread:
+    if not difference.has_interval or difference.no_spread or comparison.mixed_splits:
         return []
     measure, each = comparison.measure(comparison.primary), seconds_per_seed(comparison)
     wanted = seeds_to_detect(difference.margin, difference.sd) if difference.margin is not None else None

@@ -55,6 +55,7 @@ def read_run(folder: Path) -> Run | LeftOut:
             measures=measures or OLDER_MEASURES,
             unit=str((result.get("unit") or {}).get("name") or ""),
             stages=tuple(_stage(entry) for entry in result.get("stages") or ()),
+            data=_fingerprints(result.get("data")),
         )
     except KeyError as error:
         reason = f"unreadable: result.json has no {error}"
@@ -99,6 +100,12 @@ def _class_result(entry: Mapping[str, Any]) -> ClassResult:
     return ClassResult(str(entry["name"]), int(entry["count"]), _number(entry["value"], "value"))
 
 
+def _fingerprints(entry: object) -> dict[str, str]:
+    if not isinstance(entry, Mapping | None):
+        raise ValueError(f"data holds a {type(entry).__name__}, expected an object")
+    return {str(split): str(fingerprint) for split, fingerprint in (entry or {}).items()}
+
+
 def _stage(entry: Mapping[str, Any]) -> StageCost:
     times = (_number(entry.get(name), name) for name in ("step_ms", "train_seconds"))
     return StageCost(str(entry["name"]), int(entry["epochs"]), *times)
@@ -118,6 +125,7 @@ def read_comparison(folder: Path) -> Comparison:
         plan = _read_json(folder / "compare.json")
         arms, seeds = tuple(str(arm) for arm in plan["arms"]), tuple(int(seed) for seed in plan["seeds"])
         recipe, primary = str(plan["recipe"]), str(plan["primary"])
+        data = {str(unit): _fingerprints(entry) for unit, entry in (plan.get("data") or {}).items()}
         units = tuple({unit.name: unit for unit in map(_unit, plan.get("units") or ())}.values()) or (Unit(),)
         margin = None if plan.get("margin") is None else check_margin(plan["margin"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -148,6 +156,7 @@ def read_comparison(folder: Path) -> Comparison:
         date=str(plan.get("date", "")),
         units=units,
         margin=margin,
+        data=data,
     )
     _refuse_mixtures(comparison)
     _refuse_unknown_primary(comparison)

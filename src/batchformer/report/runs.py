@@ -7,7 +7,7 @@ where every seed is run on several units (target domains, splits). A run that ca
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,7 @@ class Run:
         measures: Labels, units and directions of the metrics, in the order of the tables.
         unit: Name of the unit of the run; empty where the seed is all there is.
         stages: Cost of each stage; empty in results of earlier versions.
+        data: Split -> fingerprint of its content; empty in results of earlier versions.
     """
 
     path: Path
@@ -125,6 +126,7 @@ class Run:
     measures: tuple[Measure, ...] = OLDER_MEASURES
     unit: str = ""
     stages: tuple[StageCost, ...] = ()
+    data: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -184,6 +186,7 @@ class Comparison:
         margin: Smallest difference of the primary metric that matters, as it is shown: in points for a measure in
             percent, otherwise in the unit of the measure. None where nobody named one.
         margin_after: True when the margin was not written into ``compare.json`` before the runs.
+        data: Name of the unit -> split -> fingerprint that the comparison was started with; empty in earlier versions.
     """
 
     path: Path
@@ -198,6 +201,7 @@ class Comparison:
     units: tuple[Unit, ...] = (Unit(),)
     margin: float | None = None
     margin_after: bool = False
+    data: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def planned(self) -> int:
@@ -248,13 +252,26 @@ class Comparison:
         sequence of questions get intervals that hold all at once.
         """
         measure, main = self.measure(metric), metric == self.primary and unit is None
-        return paired_difference(
+        difference = paired_difference(
             self.values(arm, metric, unit),
             self.values(reference, metric, unit),
             higher_is_better=measure.higher_is_better,
             confidence=self.beside_confidence if main and (arm, reference) in self.beside else CONFIDENCE,
             margin=measure.unscaled(self.margin) if main and self.margin is not None else None,
         )
+        return replace(difference, same_data=not self.mixed_splits)
+
+    @property
+    def mixed_splits(self) -> dict[tuple[str, str], dict[str, list[str]]]:
+        """Unit and split -> fingerprint -> what has it, for each split of which there is more than one fingerprint."""
+        plans = [(unit, "the plan", data) for unit, data in self.data.items()]
+        known = [entry for entry in (*plans, *((run.unit, run.name, run.data) for run in self.runs)) if entry[2]]
+        found: dict[tuple[str, str], dict[str, list[str]]] = {}
+        for where in dict.fromkeys((unit, split) for unit, _, data in known for split in data):
+            for unit, name, data in known:
+                if unit == where[0]:
+                    found.setdefault(where, {}).setdefault(data.get(where[1], "absent"), []).append(name)
+        return {where: fingerprints for where, fingerprints in found.items() if len(fingerprints) > 1}
 
     @property
     def beside(self) -> tuple[tuple[str, str], ...]:

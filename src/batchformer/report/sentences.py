@@ -14,6 +14,7 @@ from .sequence import Step
 from .settings import single_stream
 
 __all__ = [
+    "DIFFERENT_DATA",
     "arm_text",
     "conclusions",
     "control_sentence",
@@ -22,6 +23,9 @@ __all__ = [
     "stop_sentence",
     "verdict_text",
 ]
+
+DIFFERENT_DATA = "Runs were made on different data: no verdict."
+"""Sentence about a comparison whose runs have different fingerprints of their data."""
 
 # Descriptions of the arms; the cards use the same words.
 _ARMS = {
@@ -86,14 +90,15 @@ def verdict_text(difference: PairedDifference) -> str:
         >>> verdict_text(paired_difference({0: 0.9, 1: 0.8, 2: 0.9}, {0: 0.5, 1: 0.5, 2: 0.5}))
         'improves (few seeds)'
     """
-    return f"{difference.words} (few seeds)" if difference.few else difference.words
+    few = difference.few and difference.same_data
+    return f"{difference.words} (few seeds)" if few else difference.words
 
 
 def gain_sentence(difference: PairedDifference, measure: Measure) -> str:
     """The effect of BatchFormer on the primary metric, compared with the plain network, and with the margin."""
     direction = f"; {measure.direction}" if measure.direction else ""
     numbers, label = f"({measure.described(difference)}{direction})", measure.label
-    if difference.margin is not None and difference.has_interval:
+    if difference.margin is not None and difference.has_interval and difference.same_data:
         return _margin_sentence(difference, label, numbers, measure.amount(difference.margin)) + _reservations(
             difference
         )
@@ -104,6 +109,7 @@ def gain_sentence(difference: PairedDifference, measure: Measure) -> str:
         f"{numbers}. The interval includes zero, which is neither a gain nor a proof of no effect.",
         "too few seeds": f"There are too few seeds to say whether BatchFormer changes {label} {numbers}. "
         f"At least {MIN_SEEDS} paired seeds are needed; 5 or more are better.",
+        "no verdict": DIFFERENT_DATA,
     }[difference.verdict]
     return sentence + _reservations(difference)
 
@@ -149,8 +155,9 @@ def control_sentence(control: str, difference: PairedDifference, measure: Measur
         "worsens": worse,
         "no difference shown": f"{control} did about as well; these runs do not show that {question}.",
         "too few seeds": "There are too few seeds to say more.",
+        "no verdict": DIFFERENT_DATA,
     }[difference.verdict]
-    if difference.margin is not None and difference.has_interval:
+    if difference.margin is not None and difference.has_interval and difference.same_data:
         meaning += f" Measured by the margin of {measure.amount(difference.margin)}: {difference.decision}."
     numbers = measure.described(difference)
     return f"BatchFormer minus {control}: {numbers}. {meaning}{_reservations(difference)}"
@@ -181,6 +188,8 @@ def conclusions(comparison: Comparison) -> list[str]:
     """
     if not comparison.of(TREATMENT):
         return ["No run with BatchFormer is finished, so nothing can be said about it yet."]
+    if comparison.mixed_splits:
+        return [DIFFERENT_DATA]
     measure = comparison.measure(comparison.primary)
     sentences = []
     gain = None

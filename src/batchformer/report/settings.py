@@ -9,6 +9,8 @@ from .runs import BASELINE, TREATMENT, Comparison, Run
 __all__ = ["flatten", "setting_differences", "settings_of", "single_stream"]
 
 _FREE = ("seed", "data.seed", "model.seed")
+# Where fingerprints show that the data is the same, its place and the number of processes that read it are free.
+_FREE_WITH_FINGERPRINTS = ("data.root", "data.train_list", "data.val_list", "data.test_list", "data.num_workers")
 _FREE_BETWEEN_ARMS = "model.batchformer."
 
 
@@ -78,11 +80,11 @@ def _lines(run: Run, other: Run, *, arms: bool = False) -> list[str]:
     ours, theirs = _own_settings(run), _own_settings(other)
     if not ours or not theirs:
         return []
-    lines = []
+    lines, free = [], (*_FREE, *(_FREE_WITH_FINGERPRINTS if run.data and other.data else ()))
     for key in sorted(ours.keys() | theirs.keys()):
         # A setting that an earlier version did not have is one that is not set.
         one, two = ours.get(key, "null"), theirs.get(key, "null")
-        if one != two and key not in _FREE and not (arms and key.startswith(_FREE_BETWEEN_ARMS)):
+        if one != two and key not in free and not (arms and key.startswith(_FREE_BETWEEN_ARMS)):
             lines.append(f"Setting {key} differs: {one} in {run.name}, {two} in {other.name}.")
     return lines
 

@@ -265,7 +265,12 @@ def test_heads_follow_the_network_where_the_settings_leave_them_open(kind: Any, 
 def set_up(precision: str = "32-true", **settings: Any) -> LongTailTask:
     """A task after its ``setup()``, which asks a trainer for data and precision."""
     made = LongTailTask(**settings)
-    facts: dict[str, Any] = {**vars(FACTS), "counts": torch.tensor(COUNTS), "test_splits": ["test"]}
+    facts: dict[str, Any] = {
+        **vars(FACTS),
+        "counts": torch.tensor(COUNTS),
+        "test_splits": ["test"],
+        "fingerprints": dict,
+    }
     made.trainer = SimpleNamespace(datamodule=SimpleNamespace(**facts), precision=precision)  # type: ignore[assignment]
     made.setup("fit")
     return made

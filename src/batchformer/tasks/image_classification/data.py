@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from batchformer.data import checks, fetch, images, lists
+from batchformer.data import checks, fetch, fingerprints, images, lists
 from batchformer.data.loader import ImageLoader, TensorLoader
 from batchformer.data.samplers import EpochSampler, EvalSampler, SamplerKind
 from batchformer.data.transforms import SMALL, BatchAugment, Mix, image_eval, image_keep
@@ -121,6 +121,8 @@ class ImageData(TaskData):
         files = {split: Path(file).expanduser() for split, file in given.items() if file is not None}
         self.source = Source(dataset, root, files, val_fraction, test_fraction, subset_seed)
         self._parts: dict[str, Part] | None = None
+        self._fingerprints: dict[str, str] = {}
+        self._shared: str | None = None
 
     def choose(self, train: Part, num_classes: int) -> Part:
         """Return the training images of this run: all of them, unless a task overrides this.
@@ -130,6 +132,16 @@ class ImageData(TaskData):
             num_classes: K.
         """
         return train
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return a fingerprint of each split: of names, bytes and labels of its files, or of its pixels and labels."""
+        if not self._fingerprints:
+            self._read()
+        return dict(self._fingerprints)
+
+    def notes(self) -> list[str]:
+        """Return the sentence about test images that are training images as well, if there are any."""
+        return [] if self._shared is None else [self._shared]
 
     def prepare_data(self) -> None:
         """Fetch Fashion-MNIST if it is absent; with several processes, check the image files once for all of them."""
@@ -160,11 +172,28 @@ class ImageData(TaskData):
         parts["train"] = self.choose(parts["train"], len(classes))
         counts = torch.bincount(parts["train"].labels, minlength=len(classes))
         checks.check_classes(counts, classes)
-        files = [part.samples for part in _distinct(parts) if part.samples is not None]
-        if files:
-            cache = fetch.data_root() / "checked"
-            checks.check_samples(lists.joined(files), what="listed", cache=cache, decode=self.check_images)
+        self._identify(parts, classes)
         return parts, classes, counts
+
+    def _identify(self, parts: dict[str, Part], classes: list[str]) -> None:
+        """Check the image files, and keep the fingerprints of all splits and the word on images in two of them."""
+        distinct, contents = _distinct(parts), {}
+        files = [part.samples for part in distinct if part.samples is not None]
+        if files:
+            listed, cache = lists.joined(files), fetch.data_root() / "checked"
+            hashes = checks.check_samples(listed, what="listed", cache=cache, decode=self.check_images)
+            rest = iter(listed.paths)
+            contents = {id(samples): [hashes[next(rest)] for _ in samples.paths] for samples in files}
+        digests = {}
+        for part in distinct:
+            images = part.images if part.samples is None else [part.samples.paths, contents[id(part.samples)]]
+            digests[id(part)] = fingerprints.fingerprint(classes, part.labels, images)
+        self._fingerprints = {name: digests[id(part)] for name, part in parts.items()}
+        train, test = parts["train"].samples, parts["test"].samples
+        if train is not None and test is not None:
+            self._shared = fingerprints.shared_images(contents[id(train)], contents[id(test)], "test")
+        if self._shared is not None:
+            warnings.warn(self._shared, stacklevel=2)
 
     def _fix_size(self, parts: dict[str, Part]) -> None:
         """Choose the working size and bring everything that fits into memory."""

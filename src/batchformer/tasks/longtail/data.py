@@ -66,10 +66,11 @@ class LongTailData(ImageData):
         self.groups = shot_groups(self.counts, self.many_over, self.few_under)
 
     def notes(self) -> list[str]:
-        """Return the sentence that says which classes count as many, medium and few."""
+        """Return the sentence that says which classes count as many, medium and few, and those on the images."""
         return [
+            *super().notes(),
             f"Many: classes with more than {self.many_over} training images; few: with fewer than {self.few_under}; "
-            "medium: the others. Each group's value is the mean over its classes."
+            "medium: the others. Each group's value is the mean over its classes.",
         ]
 
     def choose(self, train: Part, num_classes: int) -> Part:

@@ -3,6 +3,7 @@
 Everything is a function of the data and the seeds in the arguments. Axes: M images, K classes, C channels.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 from batchformer.data import coco, fetch
+from batchformer.data.coco_identity import split_fingerprint, split_hashes
 from batchformer.data.detection_transforms import CocoDetection, Transform, collate, eval_transform, train_transform
 from batchformer.data.errors import DataError
+from batchformer.data.fingerprints import shared_images
 from batchformer.data.loader import KeyedLoader
 from batchformer.data.samplers import EpochSampler, EvalSampler, generator
 from batchformer.tasks.training.data import TaskData
@@ -103,6 +106,8 @@ class CocoData(TaskData):
         self.cache_features, self.train_images, self.subset_seed = cache_features, train_images, subset_seed
         self.policy = policy
         self._splits: dict[str, coco.CocoSplit] = {}
+        self._fingerprints: dict[str, str] = {}
+        self._shared: list[str] = []
         self._cached: dict[str, CachedDetection] = {}
 
     # ---------------------------------------------------------------- reading
@@ -111,6 +116,8 @@ class CocoData(TaskData):
         """Fetch and write the scenes if they are absent."""
         if self.dataset == "scenes":
             fetch.get("scenes", self.root)
+        if self.ranks()[1] > 1:
+            self.fingerprints()  # one process reads all files, the others find the hashes
 
     def setup(self, stage: str | None = None) -> None:
         """Read and count. A second call does nothing."""
@@ -142,6 +149,20 @@ class CocoData(TaskData):
             )
         self.test_splits = ["test", *(["unseen"] if "unseen" in splits else [])]
         self._splits = splits
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return a fingerprint of each split: of its files, boxes and classes, and of the PNG files of segments."""
+        if not self._fingerprints:
+            self.setup()
+            root, cache = self._folder(), fetch.data_root() / "checked"
+            hashes = split_hashes(root, list(self._splits.values()), cache=cache)
+            self._fingerprints = {part: split_fingerprint(root, split, hashes) for part, split in self._splits.items()}
+            images = {part: [hashes[record.file] for record in split.images] for part, split in self._splits.items()}
+            shared = (shared_images(images["train"], images[part], part) for part in self.test_splits)
+            self._shared = [sentence for sentence in shared if sentence is not None]
+            for sentence in self._shared:
+                warnings.warn(sentence, stacklevel=2)
+        return dict(self._fingerprints)
 
     def _folder(self) -> Path:
         if self.dataset == "scenes":
@@ -187,7 +208,7 @@ class CocoData(TaskData):
         for part, split in self._splits.items():
             cut = f"; {len(split)} of the images are used" if len(split) != split.findings.images else ""
             seen.setdefault(id(split.findings), f"Data, {part}: {split.findings}{cut}.")
-        return list(seen.values())
+        return [*seen.values(), *self._shared]
 
     # ---------------------------------------------------------------- cached features
 

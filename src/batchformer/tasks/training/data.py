@@ -1,6 +1,7 @@
 """The base of every task's data module: ranks, worker processes and samplers."""
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +50,15 @@ class TaskData(LightningDataModule):
         """Return sentences about the data for the run's record."""
         return []
 
+    def fingerprints(self) -> dict[str, str]:
+        """Return a fingerprint of each split, a short text that changes with its content: files, labels, boxes, order.
+
+        It does not depend on the place of the data and on the way in which it is read. Runs on data with other
+        fingerprints are neither resumed nor compared. It may be asked for before ``setup()``; ``prepare_data()`` was
+        called. Without fingerprints, as here, data is known by its classes and their counts alone.
+        """
+        return {}
+
     def ranks(self) -> tuple[int, int]:
         """Return the rank of this process and the number of processes."""
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
@@ -82,3 +92,27 @@ class TaskData(LightningDataModule):
         """Return the order of ``count`` samples of a validation or test split, this process's share."""
         rank, world = self.ranks()
         return EvalSampler(count, batch_size=self.eval_batch_size, rank=rank, world_size=world)
+
+
+def changed_splits(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return the splits whose fingerprints differ; none where one side has no fingerprints.
+
+    Example:
+        >>> changed_splits({"train": "1f", "test": "2e"}, {"train": "1f", "test": "3d"}), changed_splits({}, {"a": "0"})
+        (['test'], [])
+    """
+    if not before or not now:
+        return []
+    return [name for name in {**before, **now} if before.get(name) != now.get(name)]
+
+
+def in_words(splits: Sequence[str]) -> str:
+    """Return changed splits as the beginning of a sentence's part.
+
+    Example:
+        >>> in_words(["train"]), in_words(["train", "test"])
+        ('its split train has changed', 'its splits train and test have changed')
+    """
+    if len(splits) == 1:
+        return f"its split {splits[0]} has changed"
+    return f"its splits {', '.join(splits[:-1])} and {splits[-1]} have changed"

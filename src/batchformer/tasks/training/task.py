@@ -5,6 +5,7 @@ in every task happens here, in the order of a run: build, train, evaluate, recor
 """
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar, cast
@@ -12,6 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -21,7 +23,7 @@ from batchformer.insertion import Handle, param_groups
 from .averaging import MovingAverage
 from .checkpoint import CheckpointFormat, DataFacts
 from .contract import ClassResult, Measure, Stage, Unit
-from .data import TaskData
+from .data import TaskData, changed_splits, in_words
 from .schedule import DIVERGED, optimization
 from .settings import BatchFormerSettings, OptimizerSettings, insert_from_settings
 
@@ -58,6 +60,7 @@ class Task(LightningModule):
         divergence_advice: What a user can do about a loss or outputs that are not finite.
         stage: The stage that this run is in; set by the engine.
         facts: What the network and its users need to know of the data; ``None`` before ``setup()``.
+        fingerprints: Fingerprint of each split of the data; empty before ``setup()``, and where the data has none.
         network: The network, with BatchFormer in it; ``None`` before ``setup()``.
         handle: Handle of the insertion; ``None`` for the plain arm and before ``setup()``.
         test_seconds: Seconds that the forward passes of the test took.
@@ -89,6 +92,7 @@ class Task(LightningModule):
         self.channels_last, self.compiles = channels_last, compile
         self.stage = Stage(next(iter(self.stages)))
         self.facts: Any = None
+        self.fingerprints: dict[str, str] = {}
         self.network: Any = None
         self.handle: Handle | None = None
         self.metrics = nn.ModuleDict()
@@ -192,6 +196,7 @@ class Task(LightningModule):
         if self.network is not None:
             return
         self.facts = self.checkpoint.facts.of(self._data())
+        self.fingerprints = self._data().fingerprints()
         self.check()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -320,19 +325,37 @@ class Task(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what it takes to build the plain network again, in plain types that load weights-only."""
         entry = {"stage": self.stage.name, "settings": self.settings(), "facts": asdict(self.facts)}
-        checkpoint[self.checkpoint.task] = entry
+        checkpoint[self.checkpoint.task] = entry | ({"data": self.fingerprints} if self.fingerprints else {})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on with other data, since the rest of the run would not belong to its beginning.
 
+        A test on other data of the same classes is not refused: it warns that its numbers belong to other data.
+        Checkpoints without fingerprints are compared by classes and counts alone.
+
         Raises:
-            ValueError: When classes or their counts differ from those that the run was started with.
+            ValueError: When the fingerprint of a split, the classes or their counts differ from those that the run was
+                started with; says which.
         """
-        before = self.checkpoint.facts.read(self.checkpoint.entry(checkpoint)["facts"])
-        now = cast(DataFacts, self.facts)
-        for name, what in (("classes", "classes"), ("counts", f"{self.class_count} of each class")):
-            if getattr(before, name) != getattr(now, name):
-                raise ValueError(
-                    f"Expected the data that this run was trained on, but the {what} have changed. Bring that data "
-                    "back, or start another run."
-                )
+        entry = self.checkpoint.entry(checkpoint)
+        before, now = self.checkpoint.facts.read(entry["facts"]), cast(DataFacts, self.facts)
+        splits = changed_splits(entry.get("data") or {}, self.fingerprints)
+        if splits and before.classes == now.classes and self.trainer.state.fn == TrainerFn.TESTING:
+            warnings.warn(
+                f"This is not the data that the run was trained on: {in_words(splits)}. The results belong to the data "
+                "that is there now; they cannot be compared with those of the run.",
+                stacklevel=2,
+            )
+            return
+        others = {"classes": "classes", "counts": f"{self.class_count} of each class"}
+        facts = [f"the {what} have changed" for name, what in others.items() if _differ(name, before, now)]
+        if splits or facts:
+            changed = ", and ".join(([in_words(splits)] if splits else []) + facts[:1])
+            raise ValueError(
+                f"Expected the data that this run was trained on, but {changed}. Bring that data back, or start "
+                "another run."
+            )
+
+
+def _differ(name: str, before: DataFacts, now: DataFacts) -> bool:
+    return bool(getattr(before, name) != getattr(now, name))
