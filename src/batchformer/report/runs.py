@@ -3,7 +3,7 @@
 A run folder holds ``config.yaml``, ``environment.json``, ``metrics.csv``, ``result.json`` and, written last, the mark
 ``done``. A comparison folder holds ``compare.json`` and the run folders ``<arm>/seed<k>``, or ``<arm>/seed<k>-<unit>``
 where every seed is run on several units (target domains, splits). A run that cannot be used is kept with its reason
-(:class:`LeftOut`), so that the report can name it.
+(:class:`LeftOut`), so that the report can name it; ``failed.json`` in its folder has the reason of a failure.
 """
 
 from collections.abc import Mapping
@@ -184,6 +184,7 @@ class Comparison:
         margin: Smallest difference of the primary metric that matters, as it is shown: in points for a measure in
             percent, otherwise in the unit of the measure. None where nobody named one.
         margin_after: True when the margin was not written into ``compare.json`` before the runs.
+        jobs: Largest number of runs that were made side by side.
     """
 
     path: Path
@@ -198,6 +199,7 @@ class Comparison:
     units: tuple[Unit, ...] = (Unit(),)
     margin: float | None = None
     margin_after: bool = False
+    jobs: int = 1
 
     @property
     def planned(self) -> int:
