@@ -162,6 +162,8 @@ def _add_training_verbs(add: AddVerb) -> None:
     compare.add_argument(
         "--margin", type=float, help="smallest difference that matters, in points or in the metric's unit"
     )
+    compare.add_argument("--jobs", type=int, help="runs side by side (default: one on each GPU, else one on each core)")
+    compare.add_argument("--threads", type=int, help="threads of each run; its numbers can depend on it (default: 1)")
     compare.add_argument("--name", help="name of the comparison's folder (default: compare- and the recipe)")
     compare.add_argument("--out", default="runs", help="folder that it is made in (default: runs)")
     compare.add_argument("--resume", action="store_true", help="go on where it stopped, or add seeds and controls")
@@ -258,7 +260,7 @@ def _scenes(arguments: argparse.Namespace) -> None:
 
 
 def _fit(arguments: argparse.Namespace) -> None:
-    from .engine.recipes import find_recipe
+    from .engine.recipes import find_recipe, run_name
 
     recipe = find_recipe(arguments.recipe)  # before the slow imports
     from .engine.config import dump, measures_of, parse
@@ -274,7 +276,7 @@ def _fit(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{arguments.recipe} is a run folder. Go on with --resume, or name a recipe.")
         folder = Path(arguments.recipe)
     else:
-        folder = Path(arguments.out) / (arguments.name or _run_name(recipe.name, arguments.overrides))
+        folder = Path(arguments.out) / (arguments.name or run_name(recipe.name, arguments.overrides))
     result = fit(
         recipe.path, arguments.overrides, folder, name=recipe.name, resume=arguments.resume, command=arguments.command
     )
@@ -293,28 +295,30 @@ def _test(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from .engine.recipes import find_recipe
+    from .engine.recipes import find_recipe, folder_name
 
     given_root = any(word.startswith("--data.root=") for word in arguments.overrides)
     recipe = find_recipe(arguments.recipe or (FOLDER_RECIPE if given_root else MAIN_RECIPE))
     seeds = _seeds(arguments.seeds)
     controls = [control.strip() for control in arguments.controls.split(",") if control.strip()]
-    folder = Path(arguments.out) / (arguments.name or f"compare-{_slug(recipe.name)}")
+    folder = Path(arguments.out) / (arguments.name or f"compare-{folder_name(recipe.name)}")
 
     from .engine.compare import compare
+    from .engine.errors import RunsFailed
+
+    options = {name: getattr(arguments, name) for name in ("jobs", "threads", "resume", "margin", "command")}
+    try:
+        compare(recipe.path, arguments.overrides, folder, name=recipe.name, seeds=seeds, controls=controls, **options)
+    except RunsFailed:  # the report is of those that finished
+        if any(folder.glob("*/*/done")):
+            _print_comparison(folder)
+        raise
+    _print_comparison(folder)
+
+
+def _print_comparison(folder: Path) -> None:
     from .report import comparison_text, read_comparison
 
-    compare(
-        recipe.path,
-        arguments.overrides,
-        folder,
-        name=recipe.name,
-        seeds=seeds,
-        controls=controls,
-        resume=arguments.resume,
-        margin=arguments.margin,
-        command=arguments.command,
-    )
     print()
     print(comparison_text(read_comparison(folder)))
     _report(argparse.Namespace(runs=[folder], out=None, margin=None))
@@ -325,7 +329,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
     folder = Path(arguments.out or Path(arguments.runs[0]) / "report")
     written = write_report(arguments.runs, folder, margin=arguments.margin)
-    print(*written.notes, f"Report: {written.report}", sep="\n")
+    print(*written.notes, f"Report: {written.report}", sep="\n", flush=True)
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -379,15 +383,6 @@ def _seeds(text: str) -> list[int]:
             raise ValueError(f"Expected at least one seed, got {text}.")
         return list(range(numbers[0]))
     return numbers
-
-
-def _run_name(recipe: str, overrides: Sequence[str]) -> str:
-    given = dict(word.removeprefix("--").split("=", 1) for word in overrides if "=" in word)
-    return f"{_slug(recipe)}-{given.get('model.batchformer.arm', 'batchformer')}-seed{given.get('seed', '0')}"
-
-
-def _slug(name: str) -> str:
-    return name.replace("/", "-").strip(".-")
 
 
 def _print_columns(rows: Sequence[tuple[str, ...]]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jobs_here import in_this_process
 from PIL import Image
 
 from batchformer import cli
@@ -49,12 +50,7 @@ def command(dots: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     tasks.tasks.cache_clear()
     names = ("counting", *(f"counting.{path.stem}" for path in (PACKAGE / "counting").glob("*.py")))
 
-    def here(
-        recipe: Path, overrides: list[str], folder: Path, name: str, unit: str | None, words: str | None
-    ) -> dict[str, Any]:
-        return run.fit(recipe, overrides, folder, name=name, unit=unit, resume=folder.exists(), say=lambda line: None)
-
-    monkeypatch.setattr(compare, "_run_in_process", here)
+    monkeypatch.setattr(compare, "run_jobs", in_this_process)
     monkeypatch.chdir(tmp_path)
 
     def outcome(*words: str) -> tuple[int, str, str]:

@@ -1,17 +1,13 @@
 """The comparison: same start and same data for every arm, and a word on each way to get it wrong."""
 
 import json
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
+from jobs_here import in_this_process
 
 from batchformer.engine.compare import compare
 from batchformer.engine.config import ConfigError, parse
@@ -150,14 +146,8 @@ def test_resumed_without_its_seeds_a_comparison_keeps_them(
 ) -> None:
     """And a finished run of other settings is not taken for one of these."""
     from batchformer.engine import compare as module
-    from batchformer.engine.run import fit
 
-    def here(
-        recipe: Path, overrides: list[str], run: Path, name: str, unit: str | None, command: str | None
-    ) -> dict[str, Any]:
-        return fit(recipe, overrides, run, name=name, unit=unit, resume=run.exists(), say=lambda line: None)
-
-    monkeypatch.setattr(module, "_run_in_process", here)
+    monkeypatch.setattr(module, "run_jobs", in_this_process)
     compared(small, tmp_path / "both", seeds=[3, 5], controls=["duplicate"])
     (tmp_path / "both/duplicate/seed5/done").unlink()
     said = compared(small, tmp_path / "both", seeds=[3], resume=True)
@@ -172,26 +162,6 @@ def test_resumed_without_its_seeds_a_comparison_keeps_them(
     with pytest.raises(ConfigError, match=r"model.optimizer.lr: 0.5 \(was: 0.05\)"):
         compared(small, tmp_path / "both", "--model.optimizer.lr=0.5", seeds=[3, 5, 6], resume=True)
     assert (tmp_path / "both/compare.json").read_text() == plan
-
-
-def test_a_run_that_is_killed_is_named(small: Small, tmp_path: Path) -> None:
-    killed: list[int] = []
-
-    def kill() -> None:
-        metrics = tmp_path / "both/plain/seed0/metrics.csv"
-        while not killed:
-            children = [child for child in psutil.Process().children(recursive=True) if metrics.exists()]
-            # The run is the youngest descendant: the server that it was forked off came before.
-            if len(children) > 1:
-                killed.append(max(children, key=lambda child: child.create_time()).pid)
-                os.kill(killed[0], signal.SIGKILL)
-            time.sleep(0.01)
-
-    thread = threading.Thread(target=kill, daemon=True)
-    thread.start()
-    with pytest.raises(ChildProcessError, match=r"seed0 to be trained, .* \(exit code -9; .* Go on with --resume"):
-        compare(RECIPE, small(epochs=500), tmp_path / "both", name="longtail/folder", seeds=[0], say=lambda line: None)
-    thread.join(10)
 
 
 def test_a_second_stage_is_not_compared(small: Small, tmp_path: Path) -> None:

@@ -266,3 +266,89 @@ def test_a_comparison_goes_on_at_once_after_a_kill_and_after_ctrl_c(
     torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert len(json.loads((run / "environment.json").read_text())["resumed"]) == 1
     assert json.loads((tmp_path / "both" / "compare.json").read_text())["seeds"] == [0, 1, 2]
+
+
+def process_of(run: Path, session: int) -> psutil.Process:
+    """The process that trains in a run folder, by the lock that it holds."""
+    lock = str((run / ".lock").resolve())
+    processes = [psutil.Process(process.pid) for process in psutil.process_iter() if in_session(process.pid, session)]
+    [found] = [process for process in processes if lock in [file.path for file in process.open_files()]]
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_killed_is_named_and_the_others_go_on(
+    number: signal.Signals, command: Command, small: Small, tmp_path: Path
+) -> None:
+    words = ["compare", "longtail/folder", f"--out={tmp_path}", "--seeds=1", "--controls=duplicate", *small(epochs=40)]
+    parent = command.start(*words, "--name=killed", "--jobs=2")
+    run = tmp_path / "killed" / "batchformer" / "seed0"
+    wait_for(run / "metrics.csv", 4)
+    process_of(run, parent).send_signal(number)
+    status, said = command.end()
+    assert status == 2, said
+    assert "Traceback" not in said
+    assert "batchformer, seed 0: killed" in said and f"{tmp_path}/killed/report" in said
+    code = -9 if number == signal.SIGKILL else 143
+    last = said[said.index("batchformer compare: ") :]
+    assert "Expected 3 finished runs, 1 did not finish:\n  batchformer, seed 0 killed: " in last
+    assert f"ended from outside (exit code {code}" in last and "Try these again with --resume" in last
+    assert json.loads((run / "failed.json").read_text())["reason"] == "killed"
+    assert all((tmp_path / "killed" / arm / "seed0" / "done").exists() for arm in ("plain", "duplicate"))
+    ended(parent)
+    # The next try goes on where it was, to the numbers of one that was never killed, made one run at a time.
+    status, said = command.run(*words, "--name=killed", "--resume")
+    assert status == 0, said
+    assert not (run / "failed.json").exists()
+    assert len(json.loads((run / "environment.json").read_text())["resumed"]) == 1
+    if number == signal.SIGKILL:
+        assert command.run(*words, "--name=whole", "--jobs=1")[0] == 0
+        for arm in ("plain", "batchformer", "duplicate"):
+            same_end(tmp_path / "whole" / arm / "seed0", tmp_path / "killed" / arm / "seed0")
+
+
+STOPS: dict[str, tuple[Callable[[int, int], None], int, int]] = {
+    "Ctrl-C in the terminal": (os.killpg, signal.SIGINT, 130),
+    "SIGTERM": (os.kill, signal.SIGTERM, 130),
+    "SIGTERM to all": (os.killpg, signal.SIGTERM, 130),
+    "kill -9": (os.kill, signal.SIGKILL, -signal.SIGKILL),
+}
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_two_runs_at_a_time_are_stopped_and_go_on(stop: str, command: Command, small: Small, tmp_path: Path) -> None:
+    words = ["compare", "longtail/folder", f"--out={tmp_path}", "--name=both", "--jobs=2", *small(epochs=20000)]
+    runs = [tmp_path / "both" / arm / "seed0" for arm in ("plain", "batchformer")]
+    parent = command.start(*words)
+    for run in runs:
+        wait_for(run / "metrics.csv", 3)
+    send, number, expected = STOPS[stop]
+    send(parent, number)
+    status, said = command.end()
+    assert status == expected, said
+    assert not any(word in said for word in ("Traceback", "Warning", "leaked")), said
+    if expected == 130:
+        assert said.rstrip().endswith("--resume")
+    ended(parent)
+    rows = []
+    for run in runs:
+        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+        rows.append(len((run / "metrics.csv").read_text().splitlines()))
+    again = command.start(*words, "--resume")
+    for run, before in zip(runs, rows, strict=True):
+        wait_for(run / "metrics.csv", before + 2)
+    interrupted(command, again)
+    assert [len(json.loads((run / "environment.json").read_text())["resumed"]) for run in runs] == [1, 1]
+
+
+def test_the_server_of_the_runs_can_be_killed(command: Command, small: Small, tmp_path: Path) -> None:
+    """Its runs go on, and the next ones get a new server."""
+    words = ["compare", "longtail/folder", f"--out={tmp_path}", "--name=both", "--seeds=1", "--jobs=1"]
+    parent = command.start(*words, *small(epochs=20))
+    run = tmp_path / "both" / "plain" / "seed0"
+    wait_for(run / "metrics.csv", 4)
+    os.kill(process_of(run, parent).ppid(), signal.SIGKILL)
+    status, said = command.end()
+    assert status == 0, said
+    assert (tmp_path / "both" / "batchformer" / "seed0" / "done").exists()
+    ended(parent)

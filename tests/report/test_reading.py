@@ -35,6 +35,16 @@ def test_an_unfinished_run_says_how_far_it_came(folders, tmp_path):
     assert "before the first epoch ended" in read_run(tmp_path / "run").reason
 
 
+def test_a_run_that_failed_says_why(folders, tmp_path):
+    folder = folders.run(tmp_path / "run", done=False, epochs=4)
+    (tmp_path / "run" / "failed.json").write_text('{"reason": "diverged", "message": "Got nan.\\nLower the rate."}')
+    assert read_run(folder).reason == (
+        "diverged (Got nan. Lower the rate): it stopped after epoch 3; continue it with --resume"
+    )
+    (tmp_path / "run" / "failed.json").write_text("{")
+    assert read_run(folder).reason.startswith("unfinished")
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

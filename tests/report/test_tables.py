@@ -231,6 +231,14 @@ def test_unrelated_runs_get_one_table_and_no_claims(folders, tmp_path):
     assert "differ in split (test, val)" in table.notes[3]
 
 
+def test_costs_of_runs_side_by_side_are_called_rough(folders, tmp_path):
+    alone = cost_table(read_comparison(folders.comparison(tmp_path / "alone")))
+    crowd = cost_table(read_comparison(folders.comparison(tmp_path / "crowd", plan={"jobs": 3})))
+    assert not any("side by side" in note for note in alone.notes)
+    [note] = [note for note in crowd.notes if "side by side" in note]
+    assert "Up to 3 runs" in note and "ratios are rough" in note
+
+
 def test_results_csv_keeps_every_digit_and_every_run(folders, tmp_path):
     folders.comparison(tmp_path / "cmp", top1={"plain": (1 / 3,) * 3, "batchformer": (0.1 + 0.2,) * 3})
     folders.run(tmp_path / "cmp" / "plain" / "seed2", "plain", 2, metrics={"few": math.nan})

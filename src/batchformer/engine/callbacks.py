@@ -1,8 +1,10 @@
-"""Callbacks that record a run: a row of metrics for each epoch, and the cost of training."""
+"""Callbacks that record a run: a row of metrics for each epoch, the cost of training, and how far the run is."""
 
 import csv
 import io
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 
 from batchformer.data.atomic import write_text
 
-from .environment import memory_mb
+from .environment import memory_mb, peak_memory_mb
 
 
 class History(Callback):
@@ -147,3 +149,78 @@ class Cost(Callback):
         if peak is None or self.memory_before_mb is None:
             return None
         return max(0.0, peak - self.memory_before_mb)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Progress of a run.
+
+    Attributes:
+        epoch: Number of finished epochs.
+        epochs: Number of epochs of the whole run, at least 1.
+        part: Finished part of the running epoch, 0 to 1.
+        peak_mb: Highest resident memory of the process so far, in MB; 0 if it is unknown.
+        memory_mb: Its resident memory now.
+        testing: Whether the training is over and the test goes on.
+    """
+
+    epoch: int
+    epochs: int
+    part: float = 0.0
+    peak_mb: float = 0.0
+    memory_mb: float = 0.0
+    testing: bool = False
+
+    @property
+    def fraction(self) -> float:
+        """Finished part of the whole run, 0 to 1."""
+        return 1.0 if self.testing else min(1.0, (self.epoch + self.part) / max(1, self.epochs))
+
+    @property
+    def words(self) -> str:
+        """Epoch of epochs.
+
+        Example:
+            >>> Progress(epoch=2, epochs=30).words
+            'epoch 3 of 30'
+        """
+        return "testing" if self.testing else f"epoch {min(self.epoch + 1, self.epochs)} of {self.epochs}"
+
+
+class TellProgress(Callback):
+    """Tell another process how far the run is, after the first steps and then twice a second.
+
+    Args:
+        tell: Takes the progress.
+        epochs: Gives the number of epochs of the whole run, which may have several stages.
+    """
+
+    first_steps = 3
+    every_seconds = 0.5
+
+    def __init__(self, tell: Callable[[Progress], None], epochs: Callable[[], int]) -> None:
+        self.tell, self._epochs = tell, epochs
+        self._steps = 0
+        self._last = -1e9
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Tell how far the training is."""
+        self._steps += 1
+        if self._steps >= self.first_steps and time.monotonic() - self._last > self.every_seconds:
+            self._last = time.monotonic()
+            self._tell(trainer, part=(batch_idx + 1) / max(1, trainer.num_training_batches))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell how far the training is; short epochs have no other occasion."""
+        self._tell(trainer, part=1.0)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell that the test has begun."""
+        self._tell(trainer, testing=True)
+
+    def _tell(self, trainer: Trainer, part: float = 0.0, testing: bool = False) -> None:
+        here = torch.device("cpu")  # free memory is looked at on the host
+        peak, now = peak_memory_mb(here) or 0.0, memory_mb(here) or 0.0
+        self.tell(Progress(trainer.current_epoch, max(1, self._epochs()), part, peak, now, testing))

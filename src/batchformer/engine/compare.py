@@ -2,19 +2,13 @@
 
 import json
 import math
-import multiprocessing
-import os
-import signal
-import threading
-import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from functools import partial
-from multiprocessing import forkserver, resource_tracker
+from itertools import count
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from batchformer.data.atomic import alone_in, write_json, write_text
 from batchformer.tasks.training.arms import ARMS
@@ -23,12 +17,15 @@ from batchformer.tasks.training.data import changed_splits, in_words
 from batchformer.tasks.training.task import Task
 
 from .config import RUN_CONFIG, setting, task_of
-from .errors import ConfigError
+from .display import time_to_go
+from .errors import ConfigError, RunsFailed
+from .job_process import Job
+from .jobs import FAILED, Ended, Failure, default_jobs, gpus, run_jobs
 from .metrics import shown
 from .resuming import DONE, read_result, refuse_result_on_other_data
-from .run import data_fingerprints, discard, first_rank, fit, refuse_settings_unlike
+from .run import data_fingerprints, first_rank, refuse_settings_unlike
 from .stages import word
-from .tasks import task_class, tasks
+from .tasks import task_class
 
 PLAN = "compare.json"
 
@@ -41,12 +38,16 @@ def compare(
     name: str,
     seeds: Sequence[int],
     controls: Sequence[str] = (),
+    jobs: int | None = None,
+    threads: int | None = None,
     resume: bool = False,
     margin: float | None = None,
     command: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Run every arm with every seed; runs that are finished already are kept.
+
+    The numbers do not depend on ``jobs``; they can depend on ``threads``, which therefore stays what it was.
 
     Args:
         recipe: YAML file.
@@ -56,6 +57,8 @@ def compare(
         name: Name of the recipe, for the records.
         seeds: Seeds; each arm is run once with each, and on each unit.
         controls: Arms beside ``plain`` and ``batchformer``.
+        jobs: Largest number of runs at a time; ``None`` is one on each GPU, else as many as there are cores for.
+        threads: Threads of each run; ``None`` is what the comparison has, and 1 for a new one.
         resume: Go on in the folder.
         margin: Smallest difference of the primary metric that matters, above 0, in points for a metric in percent and
             otherwise in its own unit. It is written into the plan before the runs.
@@ -69,10 +72,14 @@ def compare(
         FileExistsError: When the folder has a comparison and ``resume`` is off.
         BlockingIOError: When another process is at work in the folder.
         ValueError: For a margin that is not above 0, unknown controls, a control that is the method itself, repeated
-            seeds, or a folder with another comparison.
+            seeds, no jobs or threads, or a folder with another comparison.
+        RunsFailed: When some runs did not finish, after all others did.
     """
     if margin is not None and not 0.0 < margin < math.inf:
         raise ValueError(f"Expected a margin above 0, got {margin}. Name the smallest difference that matters to you.")
+    for option, number in (("--jobs", jobs), ("--threads", threads)):
+        if number is not None and number < 1:
+            raise ValueError(f"Expected {option} to be at least 1, got {number}.")
     arms = _arms(controls, single=setting(recipe, overrides, "model.batchformer.mode") == "single_stream")
     task = _comparable_task(recipe, overrides, seeds)
     units = _units(task, recipe, overrides)
@@ -87,41 +94,99 @@ def compare(
     }
     with alone_in(folder) if first_rank() else nullcontext(), _keeping_the_plan(folder, resume):
         asked["data"] = _data(recipe, overrides, folder, units)
-        _write_plan(recipe, overrides, folder, asked)
-        _run_all(recipe, overrides, folder, asked, units, task.measures, say)
+        asked["threads"] = _threads(folder, threads)
+        accelerator = setting(recipe, overrides, "trainer.accelerator")
+        devices = gpus(accelerator)
+        most = default_jobs(accelerator, devices, asked["threads"]) if jobs is None else jobs
+        plan = _joined_plan(recipe, overrides, folder, asked)
+        planned = _planned(recipe, overrides, folder, plan, units)
+        for job in planned:
+            _refuse_a_result_on_other_data(job, plan)
+        most = min(most, max(1, sum(not (job.folder / DONE).exists() for job in planned)))
+        _write_plan(folder, plan, most)
+        failed = _run_all(planned, most, plan, devices, task.measures, say)
+    if failed:
+        listed = "".join(f"\n  {title} {failure.kind}: {failure.message}" for title, failure in failed.items())
+        raise RunsFailed(
+            f"Expected {len(planned)} finished runs, {len(failed)} did not finish:{listed}\n"
+            "The others are in the report. Try these again with --resume."
+        )
     return folder
 
 
+def _planned(
+    recipe: Path, overrides: Sequence[str], folder: Path, plan: Mapping[str, Any], units: Mapping[str, Unit]
+) -> list[Job]:
+    """Return all runs, seed by seed, so that the arms of a seed come together."""
+    jobs = []
+    for seed in plan["seeds"]:
+        for unit in units.values():
+            for arm in plan["arms"]:
+                own = [*overrides, "--trainer.devices=1", f"--seed={seed}", f"--model.batchformer.arm={arm}"]
+                own += [word(key, value) for key, value in unit.settings.items()]
+                run = folder / arm / (f"seed{seed}-{unit.name}" if unit.name else f"seed{seed}")
+                title = f"{arm}, seed {seed}{f', {unit.name}' if unit.name else ''}"
+                jobs.append(Job(title, recipe, tuple(own), run, plan["recipe"], unit.name or None, plan["command"]))
+    return jobs
+
+
 def _run_all(
-    recipe: Path,
-    overrides: Sequence[str],
-    folder: Path,
-    plan: dict[str, Any],
-    units: Mapping[str, Unit],
+    planned: Sequence[Job],
+    most: int,
+    plan: Mapping[str, Any],
+    devices: Sequence[str],
     measures: Sequence[Measure],
     say: Callable[[str], None],
-) -> None:
-    runs = [(arm, seed, unit) for seed in plan["seeds"] for unit in units.values() for arm in plan["arms"]]
-    for arm, seed, unit in runs:
-        _refuse_a_result_on_other_data(folder / _run_folder(arm, seed, unit), plan, unit)
-    started = time.monotonic()
-    for finished, (arm, seed, unit) in enumerate(runs, 1):
-        run = folder / _run_folder(arm, seed, unit)
-        before = (run / DONE).exists()
-        own = [*overrides, "--trainer.devices=1", f"--seed={seed}", f"--model.batchformer.arm={arm}"]
-        own += [word(key, value) for key, value in unit.settings.items()]
-        result = _run_in_process(recipe, own, run, plan["recipe"], unit.name or None, plan["command"])
-        _refuse_a_result_on_other_data(run, plan, unit)
-        value = shown(plan["primary"], result["metrics"].get(plan["primary"]), measures)
-        note = "kept" if before else f"{result['cost']['train_seconds']:.0f} s of training"
-        who = f"{arm}, seed {seed}{f', {unit.name}' if unit.name else ''}"
-        say(f"[{finished}/{len(runs)}] {who}: {value} ({note})")
-        if finished == 1 and not before and len(runs) > 1:
-            say(f"About {(time.monotonic() - started) * (len(runs) - 1) / 60:.1f} minutes to go.")
+) -> dict[str, Failure]:
+    """Make all runs, with a line for each; return the titles and reasons of those that failed."""
+    failed: dict[str, Failure] = {}
+    trained = count(1)
+    number = count(1)
+
+    def ended(one: Ended) -> None:
+        place = f"[{next(number)}/{len(planned)}] {one.job.title}:"
+        if one.failure is not None:
+            failed[one.job.title] = one.failure
+            say(f"{place} {one.failure.kind}")
+            return
+        _refuse_a_result_on_other_data(one.job, plan)
+        value = shown(plan["primary"], one.result["metrics"].get(plan["primary"]), measures)
+        note = "kept" if one.kept else f"{one.result['cost']['train_seconds']:.0f} s of training"
+        say(f"{place} {value} ({note})")
+        if not one.kept and one.seconds_left and next(trained) == 1:
+            say(f"{time_to_go(one.seconds_left).capitalize()}.")
+
+    run_jobs(planned, most, plan["threads"], devices, ended)
+    return failed
 
 
-def _run_folder(arm: str, seed: int, unit: Unit) -> str:
-    return f"{arm}/seed{seed}-{unit.name}" if unit.name else f"{arm}/seed{seed}"
+def _threads(folder: Path, asked: int | None) -> int:
+    """Return the threads of each run of a comparison: those that it has, else those that are asked for, else 1.
+
+    Raises:
+        ConfigError: When others are asked for than the comparison has.
+    """
+    before = _threads_before(folder)
+    if before is not None and asked not in (None, before):
+        raise ConfigError(
+            f"Expected --threads={before}, with which the runs in {folder} were made, got {asked}: their numbers can "
+            "depend on it. Leave --threads out, or choose another --name."
+        )
+    return before or asked or 1
+
+
+def _threads_before(folder: Path) -> int | None:
+    path = folder / PLAN
+    if not path.exists():
+        return None
+    if (threads := json.loads(path.read_text(encoding="utf-8")).get("threads")) is not None:
+        return int(threads)
+    # A comparison of an earlier version has the number in the records of its runs alone.
+    for record in sorted(folder.glob("*/*/environment.json")):
+        threads = json.loads(record.read_text(encoding="utf-8")).get("hardware", {}).get("threads")
+        if threads is not None:
+            return int(threads)
+    return None
 
 
 def _data(recipe: Path, overrides: Sequence[str], folder: Path, units: Mapping[str, Unit]) -> dict[str, dict[str, str]]:
@@ -133,9 +198,9 @@ def _data(recipe: Path, overrides: Sequence[str], folder: Path, units: Mapping[s
     }
 
 
-def _refuse_a_result_on_other_data(run: Path, plan: Mapping[str, Any], unit: Unit) -> None:
-    if (result := read_result(run)) is not None:
-        refuse_result_on_other_data(run, result, plan["data"].get(unit.name, {}))
+def _refuse_a_result_on_other_data(job: Job, plan: Mapping[str, Any]) -> None:
+    if (result := read_result(job.folder)) is not None:
+        refuse_result_on_other_data(job.folder, result, plan["data"].get(job.unit or "", {}))
 
 
 def _units(task: type[Task], recipe: Path, overrides: Sequence[str]) -> dict[str, Unit]:
@@ -185,8 +250,8 @@ def _arms(controls: Sequence[str], *, single: bool) -> list[str]:
     return ["plain", "batchformer", *dict.fromkeys(controls)]
 
 
-def _write_plan(recipe: Path, overrides: Sequence[str], folder: Path, plan: dict[str, Any]) -> None:
-    """Write the plan of the runs; arms, seeds and data of an earlier plan stay in it."""
+def _joined_plan(recipe: Path, overrides: Sequence[str], folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """Return the plan of the runs; arms, seeds and data of an earlier plan stay in it."""
     path = folder / PLAN
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -218,8 +283,15 @@ def _write_plan(recipe: Path, overrides: Sequence[str], folder: Path, plan: dict
         # Seeds and controls may be added to a comparison; those that are there stay.
         for key in ("arms", "seeds"):
             plan[key] = list(dict.fromkeys([*before[key], *plan[key]]))
+        plan["jobs"] = before.get("jobs", 1)
+    return plan
+
+
+def _write_plan(folder: Path, plan: dict[str, Any], jobs: int) -> None:
+    # The report has to know whether any times were taken side by side with other runs.
+    plan["jobs"] = max(plan.get("jobs", 1), jobs)
     if first_rank():
-        write_json(path, {**plan, "date": datetime.now().astimezone().isoformat(timespec="seconds")})
+        write_json(folder / PLAN, {**plan, "date": datetime.now().astimezone().isoformat(timespec="seconds")})
 
 
 def _refuse_other_settings(recipe: Path, overrides: Sequence[str], folder: Path) -> None:
@@ -252,108 +324,9 @@ def _keeping_the_plan(folder: Path, resume: bool) -> Iterator[None]:
 
 
 def _discard_plan(folder: Path) -> None:
-    if any(folder.rglob("last.ckpt")):
+    if any(folder.rglob("last.ckpt")) or any(folder.rglob(FAILED)):
         return
     (folder / PLAN).unlink(missing_ok=True)
     for empty in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         with suppress(OSError):
             empty.rmdir()
-
-
-def _run_in_process(
-    recipe: Path, overrides: list[str], run: Path, name: str, unit: str | None, command: str | None
-) -> dict[str, Any]:
-    """Run once in a fresh process, so that its peak memory is its own and it cannot disturb the next run."""
-    # The server process has the slow imports done; every run forks off it.
-    context = multiprocessing.get_context("forkserver")
-    module = tasks()[task_of(recipe)].partition(":")[0]
-    context.set_forkserver_preload(["batchformer.engine.run", module])
-    answers, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_serve_one_run, args=(sender, recipe, overrides, run, name, unit, command))
-    try:
-        _start_unreached(process)
-        sender.close()
-        result, error = answers.recv()
-        process.join(10)  # it tidies up after itself
-    except EOFError:
-        process.join()
-        error = ChildProcessError(
-            f"Expected {run} to be trained, but its process was ended from outside (exit code {process.exitcode}; -9 "
-            "may be a lack of memory). Go on with --resume."
-        )
-    finally:
-        # Killing is safe at any moment, and the only way that always works when the user wants to stop.
-        if process.pid is not None:
-            process.kill()
-            process.join()
-        if first_rank() and run.exists():
-            with suppress(BlockingIOError), alone_in(run):  # also removes the lock file of a process that was killed
-                discard(run)
-    if error is not None:
-        raise error
-    return cast(dict[str, Any], result)
-
-
-def _start_unreached(process: Any) -> None:
-    """Start a process that Ctrl-C does not reach. The terminal sends it to all, and this process ends the other one.
-
-    Starting takes as long as the server needs for its imports. Ctrl-C meanwhile waits until the process is known, so
-    that it can be ended.
-    """
-    pressed: list[int] = []
-    try:
-        before = signal.signal(signal.SIGINT, lambda *_: pressed.append(1))
-    except ValueError:  # not in the main thread, which alone gets Ctrl-C
-        _start_server()
-        process.start()
-        return
-    try:
-        _start_server()
-        process.start()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
-
-
-def _start_server() -> None:
-    """Start the server that runs fork from, with Ctrl-C blocked; a Ctrl-C meanwhile waits until it has started."""
-    resource_tracker.ensure_running()  # it unblocks Ctrl-C after its own start, so that comes first
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-
-
-def _serve_one_run(
-    sender: Any,
-    recipe: Path,
-    overrides: list[str],
-    run: Path,
-    name: str,
-    unit: str | None,
-    command: str | None,
-) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    # From here on as in a process of its own: what a run starts (loaders) is not made by the server's rules, and names
-    # no semaphores that are left over when the run is killed.
-    multiprocessing.set_start_method(None, force=True)
-    try:
-        result = fit(recipe, overrides, run, name=name, unit=unit, resume=run.exists(), command=command, say=_silent)
-    except Exception as error:
-        error.add_note("".join(traceback.format_exception(error)))  # for BATCHFORMER_TRACEBACK
-        sender.send((None, error))
-    else:
-        sender.send((result, None))
-
-
-def _end_with_parent() -> None:
-    """End this process with its parent, since a run that went on alone would be in the way of the next attempt."""
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _silent(line: str) -> None:
-    """Say nothing, since the comparison prints lines of its own."""

@@ -96,6 +96,23 @@ def peak_memory_mb(device: torch.device) -> float | None:
     return peak
 
 
+def free_memory_mb() -> float | None:
+    """Return the memory in MB that programs can still have without swapping; ``None`` where it is unknown."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        found.append(int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) / 2**10)
+    except (OSError, StopIteration):
+        return None
+    try:  # a container or a batch job may have less than the machine
+        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text(encoding="utf-8").split("::/")[1].strip()
+        most, used = ((group / f"memory.{name}").read_text(encoding="utf-8") for name in ("max", "current"))
+        found.append((int(most) - int(used)) / 2**20)
+    except (OSError, ValueError, IndexError):  # no limit, or none that can be read
+        pass
+    return min(found)
+
+
 def _resident_mb(entry: str) -> float | None:
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """The list of recipes, read without parsing them. Standard library only, since ``batchformer ls`` must not wait."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,3 +67,19 @@ def find_recipe(name: str) -> Recipe:
         f"Expected the name of a recipe, a .yaml file or a run folder, got {name!r}. Near to it: {', '.join(near)}. "
         "All of them: batchformer ls."
     )
+
+
+def run_name(recipe: str, overrides: Sequence[str]) -> str:
+    """Return the name of the folder of a run that the user gives no name.
+
+    Example:
+        >>> run_name("longtail/folder", ["--seed=3", "--model.batchformer.arm=plain"])
+        'longtail-folder-plain-seed3'
+    """
+    given = dict(word.removeprefix("--").split("=", 1) for word in overrides if "=" in word)
+    return f"{folder_name(recipe)}-{given.get('model.batchformer.arm', 'batchformer')}-seed{given.get('seed', '0')}"
+
+
+def folder_name(recipe: str) -> str:
+    """Return the name of a recipe as it stands in the names of folders."""
+    return recipe.replace("/", "-").strip(".-")

@@ -62,6 +62,7 @@ def fit(
     resume: bool = False,
     command: str | None = None,
     say: Callable[[str], None] = print,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Train by a recipe and test the plain network; resumable at any moment.
 
@@ -74,6 +75,7 @@ def fit(
         resume: Go on in the folder from its last checkpoint, with the settings that are there.
         command: Command that the user typed, for the records.
         say: Takes lines for the user.
+        callbacks: Lightning callbacks that look on; they are no part of the run's settings.
 
     Returns:
         The content of result.json.
@@ -101,8 +103,8 @@ def fit(
         with _keeping_nothing_unsaved(folder):
             for planned in remaining(folder, stages, task_of(recipe)):
                 cost, stage = Cost(), with_start(folder, stages, planned)
-                callbacks = [history, cost, _keeper(folder)]
-                cli = _parse_stage(recipe, overrides, planned, folder, stage, callbacks)
+                own = [history, cost, _keeper(folder), *callbacks]
+                cli = _parse_stage(recipe, overrides, planned, folder, stage, own)
                 _train(cli, folder, stage, history)
                 finish(folder, planned, cli.trainer)
             # What is tested is what was saved: a run that was killed after its last epoch has nothing else.

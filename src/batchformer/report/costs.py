@@ -59,10 +59,20 @@ def _notes(comparison: Comparison, *, several: bool) -> tuple[str, ...]:
     return (
         f"{spread} The ratio to plain compares runs on the same {same}.{steps}",
         f"Times are wall-clock times and include whatever else the machine was doing. {test}",
+        *_crowd(comparison),
         "Peak memory: resident memory of the process on CPU, allocated tensors on GPU. 'Above start': minus the memory "
         "in use before the first step, which leaves the memory that training added.",
         "Counts include frozen parameters; BatchFormer's exist only in training.",
     )
+
+
+def _crowd(comparison: Comparison) -> list[str]:
+    if comparison.jobs < 2:
+        return []
+    return [
+        f"Up to {comparison.jobs} runs were made side by side and slowed each other down, so that times and their "
+        "ratios are rough. With --jobs 1 each run has the machine to itself."
+    ]
 
 
 def _stages(comparison: Comparison) -> list[str]:

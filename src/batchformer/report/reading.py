@@ -28,8 +28,8 @@ def read_run(folder: Path) -> Run | LeftOut:
         'unfinished (it has no file named done): it stopped before the first epoch ended; continue it with --resume'
     """
     if not (folder / "done").is_file():
-        reason = f"unfinished (it has no file named done): it {_progress(folder)}; continue it with --resume"
-        return LeftOut(folder, reason)
+        reason = _failure(folder) or f"unfinished (it has no file named done): it {_progress(folder)}"
+        return LeftOut(folder, f"{reason}; continue it with --resume")
     try:
         result = _read_json(folder / "result.json")
         environment = _read_json(folder / "environment.json") if (folder / "environment.json").is_file() else {}
@@ -62,6 +62,15 @@ def read_run(folder: Path) -> Run | LeftOut:
     except (OSError, TypeError, ValueError, AttributeError) as error:
         reason = f"unreadable: {error}"
     return LeftOut(folder, f"{reason}; run it again, or delete the folder")
+
+
+def _failure(folder: Path) -> str | None:
+    """The reason that a comparison wrote down for a run that did not finish, in one line."""
+    try:
+        record = _read_json(folder / "failed.json")
+        return f"{record['reason']} ({' '.join(str(record['message']).split()).rstrip('.')}): it {_progress(folder)}"
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 def _progress(folder: Path) -> str:
@@ -157,6 +166,7 @@ def read_comparison(folder: Path) -> Comparison:
         units=units,
         margin=margin,
         data=data,
+        jobs=int(plan.get("jobs") or 1),
     )
     _refuse_mixtures(comparison)
     _refuse_unknown_primary(comparison)

@@ -3,7 +3,7 @@
 A run folder holds ``config.yaml``, ``environment.json``, ``metrics.csv``, ``result.json`` and, written last, the mark
 ``done``. A comparison folder holds ``compare.json`` and the run folders ``<arm>/seed<k>``, or ``<arm>/seed<k>-<unit>``
 where every seed is run on several units (target domains, splits). A run that cannot be used is kept with its reason
-(:class:`LeftOut`), so that the report can name it.
+(:class:`LeftOut`), so that the report can name it; ``failed.json`` in its folder has the reason of a failure.
 """
 
 from collections.abc import Mapping
@@ -187,6 +187,7 @@ class Comparison:
             percent, otherwise in the unit of the measure. None where nobody named one.
         margin_after: True when the margin was not written into ``compare.json`` before the runs.
         data: Name of the unit -> split -> fingerprint that the comparison was started with; empty in earlier versions.
+        jobs: Largest number of runs that were made side by side.
     """
 
     path: Path
@@ -202,6 +203,7 @@ class Comparison:
     margin: float | None = None
     margin_after: bool = False
     data: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    jobs: int = 1
 
     @property
     def planned(self) -> int:
