@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from commands import Command
 from ranks import processes, run_on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -207,7 +208,7 @@ def all_of(rank: int, world: int, checks: list[Callable[[int, int], None]]) -> N
 
 @processes
 @pytest.mark.timeout(240)
-def test_two_processes(tmp_path: Path) -> None:
+def test_two_processes(command: Command, tmp_path: Path) -> None:
     checks = [
         plain_processes,
         under_ddp,
@@ -221,13 +222,13 @@ def test_two_processes(tmp_path: Path) -> None:
         compiled,
         wrong_gather_is_seen,  # last: it breaks the gather
     ]
-    run_on_ranks(2, all_of, tmp_path, checks)
+    run_on_ranks(command, 2, all_of, tmp_path, checks)
 
 
 @processes
 @pytest.mark.timeout(240)
-def test_three_processes(tmp_path: Path) -> None:
-    run_on_ranks(3, all_of, tmp_path, [plain_processes, under_ddp, uneven_rows_are_gathered_without_gradient])
+def test_three_processes(command: Command, tmp_path: Path) -> None:
+    run_on_ranks(command, 3, all_of, tmp_path, [plain_processes, under_ddp, uneven_rows_are_gathered_without_gradient])
 
 
 def test_without_a_process_group_all_is_none() -> None:

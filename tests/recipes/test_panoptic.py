@@ -28,17 +28,6 @@ def both(root: Path) -> list[str]:
     return tiny(RECIPE, root, epochs={"detector": 1, "masks": 1})
 
 
-def test_what_a_run_records_and_draws(root: Path, tmp_path: Path) -> None:
-    result = fit(RECIPE, both(root), tmp_path / "run")
-    assert {"SQ", "RQ", "PQ_things", "PQ_stuff", "mask_AP", "box_AP"} <= result["metrics"].keys()
-    assert [entry["name"] for entry in result["per_class"]] == ["box", "plate", "sky", "floor"]
-    # Without masks there is no panoptic quality.
-    assert [bool(row["val_PQ"]) for row in rows(tmp_path / "run")] == [False, True]
-    drawn = {path.name for path in (tmp_path / "run" / "pictures").glob("*.png")}
-    assert len(drawn) == 2
-    assert drawn == {path.name for path in (tmp_path / "run" / "pictures" / "given").glob("*.png")}
-
-
 def test_the_stages_as_runs_of_their_own(root: Path, tmp_path: Path) -> None:
     """The detector alone, then mask heads on it with and without the module; the detector stays as it was."""
     words = tiny(RECIPE, root, epochs={})
@@ -65,8 +54,15 @@ def test_the_stages_as_runs_of_their_own(root: Path, tmp_path: Path) -> None:
         fit(RECIPE, other, tmp_path / "refused")
 
 
-def test_predict_export_and_test_of_a_run(root: Path, tmp_path: Path) -> None:
+def test_a_run_its_pictures_predictions_and_export(root: Path, tmp_path: Path) -> None:
     result = fit(RECIPE, both(root), tmp_path / "run")
+    assert {"SQ", "RQ", "PQ_things", "PQ_stuff", "mask_AP", "box_AP"} <= result["metrics"].keys()
+    assert [entry["name"] for entry in result["per_class"]] == ["box", "plate", "sky", "floor"]
+    # Without masks there is no panoptic quality.
+    assert [bool(row["val_PQ"]) for row in rows(tmp_path / "run")] == [False, True]
+    drawn = {path.name for path in (tmp_path / "run" / "pictures").glob("*.png")}
+    assert len(drawn) == 2
+    assert drawn == {path.name for path in (tmp_path / "run" / "pictures" / "given").glob("*.png")}
     assert engine.test(tmp_path / "run") == result["metrics"]
     restored = load_network(tmp_path / "run")
     assert restored.stage == "masks" and not restored.network.training

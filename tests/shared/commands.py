@@ -2,10 +2,11 @@
 
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def free_port() -> int:
 
 
 class Command:
-    """`batchformer` processes, forked off a server of tests/shared/prefork.py.
+    """`batchformer` processes, and ranks of a process group, forked off a server of tests/shared/prefork.py.
 
     Args:
         scratch: Folder of what they say, and of data that they fetch.
@@ -60,10 +61,17 @@ class Command:
             trap: Place where the process kills itself, as ``name:argument``; see prefork.py.
             environment: Variables of this process.
         """
+        return self._fork({"argv": argv, "trap": trap, "environment": dict(environment or {})})
+
+    def call(self, check: Callable[..., None], rank: int, world: int, folder: Path, arguments: Any) -> int:
+        """Start a process that calls ``check(rank, world, *arguments)`` as a rank of a group; return its id."""
+        content = pickle.dumps((check, rank, world, str(folder / "store"), arguments)).hex()
+        return self._fork({"call": [sys.path, content], "trap": "", "environment": {"GLOO_SOCKET_IFNAME": "lo"}})
+
+    def _fork(self, order: dict[str, Any]) -> int:
         assert self.server.stdin is not None
         output = self.scratch / f"output{len(self.outputs)}.txt"
-        order = {"argv": argv, "output": str(output), "trap": trap, "environment": dict(environment or {})}
-        self.server.stdin.write(json.dumps(order) + "\n")
+        self.server.stdin.write(json.dumps({**order, "output": str(output)}) + "\n")
         self.server.stdin.flush()
         while "status" in (answer := self._answer()):
             pass

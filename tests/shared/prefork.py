@@ -1,22 +1,27 @@
-"""A process that has the slow imports done and forks a real `batchformer` process for every line that it reads.
+"""A process that has the slow imports done and forks a real process for every line that it reads.
 
 Its arguments are further modules to import.
 
-Each line is JSON: ``argv``, ``output`` (file of stdout and stderr), ``trap``, where the process kills itself, and
-``environment``. It answers in JSON with ``pid``, and with ``pid`` and ``status`` once the process has ended.
+Each line is JSON: ``argv`` of the command line, or ``call``, a function to call on a rank; ``output`` (file of stdout
+and stderr); ``trap``, where the process kills itself; and ``environment``. It answers in JSON with ``pid``, and with
+``pid`` and ``status`` once the process has ended.
 """
 
 import importlib
 import json
 import os
+import pickle
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from batchformer import cli
 from batchformer.engine import run
@@ -99,6 +104,19 @@ def answer(content: dict[str, int]) -> None:
     os.write(1, (json.dumps(content) + "\n").encode())
 
 
+def be_a_rank(path: list[str], content: str) -> None:
+    """Call a function in a process group on gloo; warnings are errors."""
+    sys.path[:] = path
+    warnings.simplefilter("error")
+    check, rank, world, store, arguments = pickle.loads(bytes.fromhex(content))
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    check(rank, world, *arguments)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def become(order: dict[str, Any]) -> None:
     os.setsid()
     os.environ.update(order["environment"])
@@ -111,8 +129,12 @@ def become(order: dict[str, Any]) -> None:
         if order["trap"]:
             name, _, argument = order["trap"].partition(":")
             TRAPS[name](argument)
-        sys.argv = ["batchformer", *order["argv"]]
-        status = cli.main()
+        if "call" in order:
+            be_a_rank(*order["call"])
+            status = 0
+        else:
+            sys.argv = ["batchformer", *order["argv"]]
+            status = cli.main()
     except SystemExit as leave:
         status = int(leave.code or 0)
     except BaseException:

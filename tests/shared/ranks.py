@@ -1,56 +1,35 @@
 """Several real processes on one machine that reduce over gloo, as ranks of a training run do."""
 
-import datetime
 import os
 import subprocess
 import sys
-import traceback
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from commands import Command
 
 processes = pytest.mark.xdist_group("processes")
 """Mark of tests that start processes of their own and wait for them: one worker runs all of these, one by one."""
 
 
-def _rank(rank: int, world: int, folder: str, check: Callable[..., None], arguments: Sequence[Any]) -> None:
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    try:
-        store = dist.FileStore(str(Path(folder) / "store"), world)
-        limit = datetime.timedelta(seconds=60)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
-        check(rank, world, *arguments)
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        Path(folder, f"failed{rank}.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        raise
-
-
-def run_on_ranks(world: int, check: Callable[..., None], folder: Path, *arguments: Any) -> None:
+def run_on_ranks(command: Command, world: int, check: Callable[..., None], folder: Path, *arguments: Any) -> None:
     """Run ``check(rank, world, *arguments)`` in so many processes that form a process group.
 
     Args:
+        command: Server that the processes are forked off.
         world: Number of processes.
         check: A function of a module.
-        folder: Empty folder, where the processes meet.
+        folder: Folder where the processes meet.
         arguments: Further arguments of ``check``.
 
     Raises:
-        AssertionError: With the traceback of every rank that failed. Warnings are errors there too.
+        AssertionError: With what every rank said. Warnings are errors there too.
     """
-    try:
-        mp.spawn(_rank, (world, str(folder), check, arguments), nprocs=world)
-    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        told = "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("failed*.txt")))
-        raise AssertionError(told or str(error)) from None
+    ranks = [command.call(check, rank, world, folder, arguments) for rank in range(world)]
+    ended = [command.end(pid) for pid in ranks]
+    assert not any(status for status, _ in ended), "\n".join(said for _, said in ended)
 
 
 def torchrun(*words: str, ranks: int = 2) -> "subprocess.CompletedProcess[str]":

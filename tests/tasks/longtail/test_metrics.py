@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import Command
 from ranks import processes, run_on_ranks
 from torch import Tensor
 
@@ -140,8 +141,8 @@ def one_rank(rank: int, world: int, folder: Path) -> None:
 
 
 @processes
-def test_two_processes_with_uneven_parts_report_the_whole(tmp_path: Path) -> None:
-    run_on_ranks(2, one_rank, tmp_path, tmp_path)
+def test_two_processes_with_uneven_parts_report_the_whole(command: Command, tmp_path: Path) -> None:
+    run_on_ranks(command, 2, one_rank, tmp_path, tmp_path)
     for rank in range(2):
         assert_equal(torch.load(tmp_path / f"rank{rank}.pt", weights_only=True), slow_metrics(*predictions(301)))
 

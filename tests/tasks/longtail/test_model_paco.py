@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import Command
 from ranks import processes, run_on_ranks
 from torch import Tensor
 
@@ -140,8 +141,8 @@ def one_rank(rank: int, world: int, folder: Path) -> None:
 
 
 @processes
-def test_two_processes_fill_their_queues_alike(tmp_path: Path) -> None:
-    run_on_ranks(2, one_rank, tmp_path, tmp_path)
+def test_two_processes_fill_their_queues_alike(command: Command, tmp_path: Path) -> None:
+    run_on_ranks(command, 2, one_rank, tmp_path, tmp_path)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     ring, labels, at = torch.zeros(10, 6), [-1] * 10, 0
     for step in range(3):

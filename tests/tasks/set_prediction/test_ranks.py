@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import Command
 from ranks import processes, run_on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -61,11 +62,11 @@ def gradients_are(rank: int, world: int, expected: dict[str, Tensor]) -> None:
 
 @processes
 @pytest.mark.timeout(120)
-def test_two_ranks_have_the_gradients_of_one_process(tmp_path: Path) -> None:
+def test_two_ranks_have_the_gradients_of_one_process(command: Command, tmp_path: Path) -> None:
     """Divided by its own targets each rank would weigh its objects by how few it has."""
     (x, targets), (y, others) = batch(0), batch(1)
     loss = Loss()
     loss(torch.cat((x, y)), targets + others).backward()
     expected = {name: p.grad for name, p in loss.named_parameters() if p.grad is not None}
     assert len(expected) == 4
-    run_on_ranks(2, gradients_are, tmp_path, expected)
+    run_on_ranks(command, 2, gradients_are, tmp_path, expected)
