@@ -14,7 +14,7 @@ AddVerb = Callable[..., argparse.ArgumentParser]
 MAIN_RECIPE = "longtail/fashion-mnist-lt"
 FOLDER_RECIPE = "longtail/folder"
 OVERRIDES = (
-    "Every setting of the recipe can be overridden: --model.optimizer.lr=0.05 --trainer.max_epochs=30 --seed=1. "
+    "Every setting of the recipe can be overridden: --model.optimizer.lr=0.05 --data.batch_size=64 --seed=1. "
     "See them all with: batchformer fit RECIPE --print-config"
 )
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from jobs_here import in_this_process
 from PIL import Image
 
 from batchformer import cli
@@ -143,10 +144,7 @@ def compared(small: Small, data: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     """Compare in this process; returns the lines."""
     from batchformer.engine import compare as module
 
-    def here(recipe: Path, words: list[str], run: Path, name: str, unit: str | None, command: str | None) -> Any:
-        return engine.fit(recipe, words, run, name=name, unit=unit, resume=run.exists(), say=lambda line: None)
-
-    monkeypatch.setattr(module, "_run_in_process", here)
+    monkeypatch.setattr(module, "run_jobs", in_this_process)
 
     def go(folder: Path, *more: str, seeds: list[int], resume: bool = False, root: Path = data) -> list[str]:
         said: list[str] = []

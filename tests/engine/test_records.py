@@ -64,7 +64,8 @@ def test_memory_is_counted_from_the_start_of_training() -> None:
     cost, device = Cost(), torch.device("cpu")
     assert cost.memory_over_start_mb(100.0) is None  # nothing was trained
     assert cost.memory_over_start_mb(None) is None
-    cost.on_train_start(SimpleNamespace(strategy=SimpleNamespace(root_device=device)), SimpleNamespace())  # type: ignore[arg-type]
+    cost.on_train_start(SimpleNamespace(strategy=SimpleNamespace(root_device=device)), torch.nn.Linear(2, 3))  # type: ignore[arg-type]
+    assert cost.parameters == 9
     before = memory_mb(device)
     if before is None:
         pytest.skip("this system does not tell")
@@ -83,3 +84,21 @@ def test_without_the_systems_word_the_peak_is_unknown(monkeypatch: pytest.Monkey
     assert peak is not None and 10 < peak < 1e6  # in MB, by getrusage
     monkeypatch.setitem(sys.modules, "resource", None)
     assert peak_memory_mb(torch.device("cpu")) is None
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_is_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from batchformer.engine.run_files import WholeCheckpoints
+
+    WholeCheckpoints().save_checkpoint({"a": 1}, tmp_path / "last.ckpt")
+
+    def interrupted(checkpoint: object, file: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")  # what torch's archive says at its end
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        WholeCheckpoints().save_checkpoint({"a": 2}, tmp_path / "last.ckpt")
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

@@ -229,7 +229,7 @@ def test_routed_experts_are_tested_and_not_written_as_onnx(run: Run, tmp_path: P
     run(tmp_path / "first", *ride, epochs=1)
     # Words of an earlier version are understood, and named in today's terms.
     stage = ["--model.stage.second=routing", f"--model.stage.start_from={tmp_path / 'first'}"]
-    with pytest.warns(FutureWarning, match=r"model.stage.second, .* In today's terms they are: stages=.*'routing'"):
+    with pytest.warns(FutureWarning, match=r"model.stage.second, .* In today's words they are: .*--stages=.*routing"):
         result = run(tmp_path / "second", *ride, *stage, epochs=1)
     assert 1 / 3 <= result["metrics"]["share_of_experts_used"] <= 1
     assert engine.test(tmp_path / "second") == result["metrics"]

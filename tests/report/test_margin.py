@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 
 from batchformer import cli
-from batchformer.engine.compare import _write_plan
+from batchformer.engine.compare import _joined_plan, _write_plan
 from batchformer.engine.errors import ConfigError
 from batchformer.engine.recipes import find_recipe
 from batchformer.report import ReportError, paired_difference, read_comparison, write_report
@@ -129,15 +129,18 @@ RECIPE = find_recipe("longtail/folder").path
 
 
 def test_a_comparison_keeps_the_margin_that_was_written_down_first(tmp_path):
+    def write(folder, asked):
+        _write_plan(folder, _joined_plan(RECIPE, (), folder, asked), 1)
+
     plan = {"recipe": "r", "arms": ["plain"], "seeds": [0], "units": [], "data": {}, "primary": "top1"}
-    _write_plan(RECIPE, (), tmp_path, {**plan, "margin": 0.5})
-    _write_plan(RECIPE, (), tmp_path, {**plan, "seeds": [1]})
+    write(tmp_path, {**plan, "margin": 0.5})
+    write(tmp_path, {**plan, "seeds": [1]})
     assert json.loads((tmp_path / "compare.json").read_text())["margin"] == 0.5
-    _write_plan(RECIPE, (), tmp_path, {**plan, "margin": 0.5})
+    write(tmp_path, {**plan, "margin": 0.5})
     with pytest.raises(ConfigError, match=r"written down before the runs \(0.5\), got 0.2.*report .* --margin 0.2"):
-        _write_plan(RECIPE, (), tmp_path, {**plan, "margin": 0.2})
+        write(tmp_path, {**plan, "margin": 0.2})
     other = tmp_path / "other"
     other.mkdir()
-    _write_plan(RECIPE, (), other, plan)
+    write(other, plan)
     with pytest.raises(ConfigError, match=r"before the runs \(none\), got 0.2"):
-        _write_plan(RECIPE, (), other, {**plan, "margin": 0.2})
+        write(other, {**plan, "margin": 0.2})

@@ -77,6 +77,7 @@ class Cost(Callback):
 
     Attributes:
         train_seconds: Time of all training epochs so far, without validation.
+        parameters: Number of the network's parameters, those of BatchFormer included; ``None`` before the training.
     """
 
     skip = 3  # first steps of an epoch, which start workers and caches and are left out
@@ -88,12 +89,14 @@ class Cost(Callback):
         self.steps = 0
         self.train_seconds = 0.0
         self.memory_before_mb: float | None = None
+        self.parameters: int | None = None
         self._last = 0.0
         self._epoch_start = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the memory in use before the first step, with data and network loaded."""
         self.memory_before_mb = memory_mb(trainer.strategy.root_device)
+        self.parameters = sum(parameter.numel() for parameter in pl_module.parameters())
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clocks of the epoch and of its first step."""
@@ -125,7 +128,7 @@ class Cost(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the measurements."""
         kept = {"step_seconds": self.step_seconds, "stride": self.stride, "steps": self.steps}
-        return {**kept, "train_seconds": self.train_seconds}
+        return {**kept, "train_seconds": self.train_seconds, "parameters": self.parameters}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the measurements before the interruption."""
@@ -133,6 +136,7 @@ class Cost(Callback):
         self.stride = int(state_dict.get("stride", 1))
         self.steps = int(state_dict.get("steps", len(self.step_seconds)))
         self.train_seconds = float(state_dict["train_seconds"])
+        self.parameters = state_dict.get("parameters")
 
     def step_ms(self) -> float | None:
         """Return the median time of a step in milliseconds, or ``None`` if no step was timed."""

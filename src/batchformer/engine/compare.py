@@ -324,7 +324,7 @@ def _keeping_the_plan(folder: Path, resume: bool) -> Iterator[None]:
 
 
 def _discard_plan(folder: Path) -> None:
-    if any(folder.rglob("last.ckpt")) or any(folder.rglob(FAILED)):
+    if any(folder.rglob("*.ckpt")) or any(folder.rglob(FAILED)):
         return
     (folder / PLAN).unlink(missing_ok=True)
     for empty in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):

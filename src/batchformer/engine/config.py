@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import io
+import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from batchformer.tasks.training.checkpoint import no_run
 from batchformer.tasks.training.contract import Measure
 
 from .errors import ConfigError
-from .stages import StageSettings, fold
+from .stages import StageSettings, fold, leaves, word
 from .tasks import task_class, task_part, tasks
 
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
@@ -122,15 +123,27 @@ def _in_todays_terms(
     now = task.translate_settings(dict(before))
     if now == before:
         return str(recipe), list(overrides)
+    gone = [key for key in before if key not in now]
+    new = {key: value for key, value in now.items() if key not in before or before[key] != value}
     if recipe.name != RUN_CONFIG:
-        gone = ", ".join(key for key in before if key not in now)
-        new = ", ".join(f"{key}={value}" for key, value in now.items() if before.get(key) != value)
-        warnings.warn(
-            f"Settings of an older version in {recipe} or its overrides: {gone}. In today's terms they are: {new}.",
-            FutureWarning,
-            stacklevel=1,  # one place, so that it is shown once however often the recipe is read
+        _warn_once(
+            f"Settings of an older version in {recipe} or its overrides: {', '.join(gone)}. In today's words they are: "
+            f"{' '.join(shlex.quote(word(key, value)) for key, value in new.items())}"
         )
-    return yaml.safe_dump(_nested(now), sort_keys=False), []
+    # Words that mean today what they meant then stay words, which the parser reads by their types.
+    kept = {key: readings[-1] for key, readings in _overrides(overrides)[0].items() if key in now and key not in new}
+    source = {key: value for key, value in now.items() if key not in kept}
+    return yaml.safe_dump(_nested(source), sort_keys=False), [f"--{key}={text}" for key, text in kept.items()]
+
+
+_TOLD: set[str] = set()
+
+
+def _warn_once(text: str) -> None:
+    """Warn once in a process, however often the recipe is read."""
+    if text not in _TOLD:
+        _TOLD.add(text)
+        warnings.warn(text, FutureWarning, stacklevel=2)
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:
@@ -171,12 +184,19 @@ def differences(before: str, now: str) -> list[str]:
         >>> differences("a: {b: 1}", "a: {b: 2}")
         ['a.b: 2 (was: 1)']
     """
-    old, new = (dict(_leaves(yaml.safe_load(text) or {})) for text in (before, now))
+    old, new = (dict(leaves(_by_name(yaml.safe_load(text) or {}))) for text in (before, now))
     return [
         f"{key}: {new.get(key)} (was: {old.get(key)})"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
+
+
+def _by_name(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with the stages by their names, so that one difference is one line."""
+    if not isinstance(settings.get("stages"), list):
+        return settings
+    return {**settings, "stages": {one["name"]: {**one, "place": i} for i, one in enumerate(settings["stages"], 1)}}
 
 
 def resolve_precision(precision: str) -> str:
@@ -276,7 +296,7 @@ def setting(recipe: Path, overrides: Sequence[str], key: str) -> Any:
 
 
 def _given(recipe: Path, overrides: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
-    given = {key: [value] for key, value in _leaves(_read(recipe))}
+    given = {key: [value] for key, value in leaves(_read(recipe))}
     found, problems = _overrides(overrides)
     return given | found, problems
 
@@ -347,16 +367,6 @@ def _yaml(value: str) -> Any:
         return yaml.safe_load(value)
     except yaml.YAMLError:
         return value
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    leaves: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            leaves += _leaves(value, f"{prefix}{key}.")
-        else:
-            leaves.append((f"{prefix}{key}", value))
-    return leaves
 
 
 def _inside_dict(key: str, known: set[str]) -> bool:

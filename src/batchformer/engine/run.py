@@ -2,14 +2,12 @@
 
 import json
 import logging
-import math
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +15,6 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningCLI
 
-from batchformer.core import BatchFormer
 from batchformer.data.atomic import alone_in, write_json, write_text
 from batchformer.tasks.training.checkpoint import checkpoint_of
 from batchformer.tasks.training.contract import Stage
@@ -26,8 +23,9 @@ from batchformer.tasks.training.task import Task
 
 from .callbacks import Cost, History
 from .config import RUN_CONFIG, dump, parse, setting, task_of
-from .environment import environment, peak_memory_mb
+from .environment import environment
 from .errors import ConfigError
+from .results import make_result, tested
 from .resuming import (
     DONE,
     PLACES,
@@ -101,9 +99,10 @@ def fit(
             going_on = resume and any((folder / "checkpoints").glob("*.ckpt"))
             say(f"{'Resuming' if going_on else 'Training'} {folder}: {_description(whole)}")
         with _keeping_nothing_unsaved(folder):
-            for planned in remaining(folder, stages, task_of(recipe)):
-                cost, stage = Cost(), with_start(folder, stages, planned)
-                own = [history, cost, _keeper(folder), *callbacks]
+            measured: list[Cost] = []
+            for planned in remaining(folder, stages, whole.model.checkpoint):
+                measured.append(Cost())
+                stage, own = with_start(folder, stages, planned), [history, measured[-1], _keeper(folder), *callbacks]
                 cli = _parse_stage(recipe, overrides, planned, folder, stage, own)
                 _train(cli, folder, stage, history)
                 finish(folder, planned, cli.trainer)
@@ -111,7 +110,7 @@ def fit(
             cli.trainer.test(
                 cli.model, cli.datamodule, ckpt_path=last_checkpoint(folder), verbose=False, weights_only=True
             )
-        result = _result(cli, name, unit, cost, costs(folder, stages, cost, cli.trainer.max_epochs))
+        result = make_result(cli, name, unit, measured, costs(folder, stages, measured[-1]))
         if cli.trainer.is_global_zero:
             write_json(folder / "result.json", result)
             write_text(folder / DONE, "")
@@ -121,25 +120,38 @@ def fit(
 def _plan_of(recipe: Path, overrides: Sequence[str], folder: Path) -> tuple[LightningCLI, list[PlannedStage]]:
     """Parse a recipe and the settings of all its stages, so that what is wrong is said before the first one."""
     whole = parse(recipe, overrides, **_surroundings(folder))
-    stages = plan(whole.config.get("stages"), whole.model.stages)
-    if whole.config.get("stages"):
-        asked = any(word.startswith("--trainer.max_epochs=") for word in overrides)
-        if asked and setting(recipe, overrides, "trainer.max_epochs") is not None:
-            raise ConfigError(
-                "Expected the epochs of each stage, got trainer.max_epochs beside stages. Leave it out, and set "
-                f"--stages.{stages[-1].stage.name}.epochs."
-            )
-        # The recipe's own epochs give way to those of stages that are asked for on top of it.
-        whole = parse(recipe, overrides, ["--trainer.max_epochs=null"], **_surroundings(folder))
+    listed, settings = whole.config.get("stages"), whole.config.trainer
+    stages = plan(listed, whole.model.stages, whole.model.follows)
+    if listed:
+        _refuse_lengths_beside_stages(recipe, overrides, stages, settings)
+        if settings.max_epochs is not None:  # the recipe's own gives way to stages that are asked for
+            whole = parse(recipe, overrides, ["--trainer.max_epochs=null"], **_surroundings(folder))
+    elif settings.max_epochs is None and settings.max_steps in (None, -1) and settings.max_time is None:
+        raise ConfigError("Expected the length of the training, got none. Set trainer.max_epochs, or list stages.")
     for planned in stages:
-        trainer = parse(recipe, overrides, planned.overrides, **_surroundings(folder)).trainer
-        if getattr(trainer, "fast_dev_run", False) or trainer.limit_test_batches == 0:
+        # A stage without settings of its own has the trainer of the run, but for its epochs.
+        own = parse(recipe, overrides, planned.overrides, **_surroundings(folder)) if planned.overrides[:-1] else whole
+        if getattr(own.trainer, "fast_dev_run", False) or own.trainer.limit_test_batches == 0:
             raise ConfigError(
                 "Expected a run that is saved and tested, got trainer.fast_dev_run or trainer.limit_test_batches=0. "
                 "For a quick trial set trainer.max_epochs=1, trainer.limit_train_batches=2 and "
                 "trainer.limit_test_batches=2."
             )
     return whole, stages
+
+
+def _refuse_lengths_beside_stages(
+    recipe: Path, overrides: Sequence[str], stages: Sequence[PlannedStage], settings: Any
+) -> None:
+    asked = any(word.startswith("--trainer.max_epochs=") for word in overrides)
+    given = ["trainer.max_epochs"] if asked and setting(recipe, overrides, "trainer.max_epochs") is not None else []
+    given += ["trainer.max_steps"] if settings.max_steps not in (None, -1) else []
+    given += ["trainer.max_time"] if settings.max_time is not None else []
+    if given:
+        raise ConfigError(
+            f"Expected the epochs of each stage, got {' and '.join(given)} beside stages. Leave it out, and set "
+            f"--stages.{stages[-1].stage.name}.epochs."
+        )
 
 
 def _parse_stage(
@@ -151,7 +163,9 @@ def _parse_stage(
     callbacks: Sequence[Callback] = (),
 ) -> LightningCLI:
     """Parse and instantiate a stage; without callbacks it is only tested."""
-    cli = parse(recipe, overrides, planned.overrides, **_surroundings(folder, callbacks, saves=bool(callbacks)))
+    end = [] if stage.epochs is None else [f"--trainer.max_epochs={stage.first_epoch + stage.epochs}"]
+    words = [*planned.overrides, *end]
+    cli = parse(recipe, overrides, words, **_surroundings(folder, callbacks, saves=bool(callbacks)))
     cli.model.stage = stage
     cli.trainer.strategy.checkpoint_io = WholeCheckpoints()
     return cli
@@ -234,11 +248,11 @@ def test(run: Path, overrides: Sequence[str] = ()) -> dict[str, float | None]:  
     alone = (*overrides, "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.num_nodes=1")
     config = run / RUN_CONFIG
     whole = parse(config, alone, **_surroundings(run))
-    stages = plan(whole.config.get("stages"), whole.model.stages)
-    planned = stage_of(checkpoint, stages, task_of(config))  # of a run that stopped, it may be an earlier one
+    stages = plan(whole.config.get("stages"), whole.model.stages, whole.model.follows)
+    planned = stage_of(checkpoint, stages, whole.model.checkpoint)  # of a run that stopped, it may be an earlier one
     cli = _parse_stage(config, alone, planned, run, with_start(run, stages, planned))
     cli.trainer.test(cli.model, cli.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)
-    return _tested(cli.trainer.callback_metrics)
+    return tested(cli.trainer.callback_metrics)
 
 
 @contextmanager
@@ -311,52 +325,6 @@ def _write_environment(folder: Path, now: dict[str, Any]) -> None:
         resumed = {key: now[key] for key in ("date", "command", "precision")}
         now = {**first, "resumed": [*first.get("resumed", []), resumed]}
     write_json(path, now)
-
-
-def _result(cli: LightningCLI, name: str, unit: str | None, cost: Cost, stages: list[dict[str, Any]]) -> dict[str, Any]:
-    task = cast(Task, cli.model)
-    module = sum(p.numel() for m in task.network.modules() if isinstance(m, BatchFormer) for p in m.parameters())
-    total = sum(p.numel() for p in task.network.parameters())
-    host = environment(str(cli.trainer.precision))
-    peak = peak_memory_mb(cli.trainer.strategy.root_device)
-    return {
-        "recipe": name,
-        "arm": task.batchformer.arm,
-        "seed": task.seed,
-        "unit": None if unit is None else {"name": unit},
-        "primary": task.primary,
-        "measures": [asdict(measure) for measure in task.measures],
-        "metrics": _tested(cli.trainer.callback_metrics),
-        "class_metric": task.class_metric,
-        "class_count": task.class_count,
-        "per_class": [{**asdict(entry), "value": _defined(entry.value)} for entry in task.class_results()],
-        "stages": stages,
-        "cost": {
-            # A median over the steps of several stages would be a time of neither.
-            "step_ms": cost.step_ms() if len(stages) == 1 else None,
-            "peak_memory_mb": peak,
-            "training_memory_mb": cost.memory_over_start_mb(peak),
-            "parameters_train": total,
-            "parameters_test": total - module,
-            "train_seconds": sum(stage["train_seconds"] for stage in stages),
-            "test_ms_per_image": 1000 * task.test_seconds / max(1, task.test_images),
-        },
-        "selection": "last epoch",
-        "split": "test",
-        "data": task.fingerprints,
-        "notes": task.notes(),
-        "date": host["date"],
-        "host": {**host["hardware"], "precision": host["precision"], "torch": host["versions"].get("torch")},
-    }
-
-
-def _tested(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    named = {name.removeprefix("test_"): float(value) for name, value in metrics.items() if name.startswith("test_")}
-    return {name: _defined(value) for name, value in named.items()}
-
-
-def _defined(value: float) -> float | None:
-    return None if math.isnan(value) else value  # strict JSON has no NaN
 
 
 def _description(cli: LightningCLI) -> str:

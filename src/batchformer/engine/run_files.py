@@ -19,4 +19,10 @@ class WholeCheckpoints(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint beside the old one, then put it in the old one's place."""
         with atomic_file(Path(path)) as new, new.open("wb") as file:
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # torch's archive cannot be closed when Ctrl-C came in the middle of it, and its error hides the Ctrl-C.
+                if isinstance(error.__context__, KeyboardInterrupt):
+                    raise KeyboardInterrupt from None
+                raise

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,24 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
-from batchformer.tasks.training.checkpoint import checkpoint_of
+from batchformer.tasks.training.checkpoint import CheckpointFormat, checkpoint_of
 from batchformer.tasks.training.contract import Stage
 
 from .callbacks import Cost, History
 from .errors import ConfigError
 
 PREFIX = "stages."
+OPEN = ("data.", "model.", "trainer.")
+"""Beginnings of the settings that a stage may have of its own."""
+KEPT = (
+    "data.seed",
+    "model.seed",
+    "model.batchformer.arm",
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.max_time",
+)
+"""Settings below :data:`OPEN` that belong to the whole run, or that the epochs of a stage say."""
 
 
 @dataclass
@@ -43,6 +55,62 @@ class StageSettings:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+def _check_order(listed: Sequence[StageSettings], follows: Mapping[str, str]) -> None:
+    if later := [one.name for one in listed[1:] if one.start_from is not None]:
+        raise ConfigError(
+            f"Expected start_from in the first stage of the list alone, got it in {', '.join(later)}: a later stage "
+            "starts from the one before it. Leave start_from out there, or leave the stages before it out."
+        )
+    if not follows:
+        return
+    first = listed[0]
+    if first.start_from is not None and first.name not in follows:
+        raise ConfigError(
+            f"Expected no start_from in the stage {first.name}, which trains from the beginning, got "
+            f"{first.start_from}. Stages that start from a run: {', '.join(follows)}."
+        )
+    if first.start_from is None and first.name in follows:
+        raise ConfigError(
+            f"Expected the stage {follows[first.name]} before the stage {first.name}, or a run to start from: "
+            f"--{PREFIX}{first.name}.start_from=RUN."
+        )
+    for before, one in pairwise(listed):
+        if follows.get(one.name) != before.name:
+            place = f"after the stage {follows[one.name]}" if one.name in follows else "as the first one"
+            raise ConfigError(f"Expected the stage {one.name} {place}, got it after the stage {before.name}.")
+
+
+def _check_settings(one: StageSettings) -> None:
+    """Refuse settings of a stage that belong to the whole run: they would be ignored, or make runs unlike.
+
+    Raises:
+        ConfigError: Names them.
+    """
+    keys = [key for key, _ in leaves(one.settings)]
+    if wrong := [key for key in keys if not key.startswith(OPEN) or key in KEPT]:
+        raise ConfigError(
+            f"Expected settings of the stage {one.name} below data, model or trainer that a stage can have of its own, "
+            f"got {', '.join(wrong)}. Set {'it' if len(wrong) == 1 else 'them'} for the whole run; the length of a "
+            "stage is its epochs."
+        )
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return the dotted keys and values of nested mappings.
+
+    Example:
+        >>> leaves({"a": {"b": 1}, "c": {}})
+        [('a.b', 1), ('c', {})]
+    """
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            found += leaves(value, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", value))
+    return found
+
+
 @dataclass(frozen=True)
 class PlannedStage:
     """A stage and what it takes to run it.
@@ -60,15 +128,19 @@ class PlannedStage:
     last: bool = True
 
 
-def plan(listed: Sequence[StageSettings] | None, known: Mapping[str, str]) -> list[PlannedStage]:
+def plan(
+    listed: Sequence[StageSettings] | None, known: Mapping[str, str], follows: Mapping[str, str] | None = None
+) -> list[PlannedStage]:
     """Lay the stages of a run out over its epochs.
 
     Args:
         listed: Stages of the recipe; none is one stage, the task's first, with the trainer's epochs.
         known: Stages of the task, by name.
+        follows: Stage -> the stage that it starts from, for the task's later stages.
 
     Raises:
-        ConfigError: For an unknown or repeated stage, negative epochs, or ``start_from`` in a later stage.
+        ConfigError: For an unknown or repeated stage, an order that the task cannot follow, negative epochs, settings
+            that belong to the whole run, or ``start_from`` where it has no use or is missing.
 
     Example:
         >>> stages = [StageSettings("train", 20), StageSettings("crt", 5)]
@@ -84,11 +156,9 @@ def plan(listed: Sequence[StageSettings] | None, known: Mapping[str, str]) -> li
         raise ConfigError(f"Expected every stage once, got {', '.join(names)}.")
     if wrong := [f"{one.name}: {one.epochs}" for one in listed if one.epochs < 0]:
         raise ConfigError(f"Expected at least 0 epochs in every stage, got {', '.join(wrong)}.")
-    if later := [one.name for one in listed[1:] if one.start_from is not None]:
-        raise ConfigError(
-            f"Expected start_from in the first stage of the list alone, got it in {', '.join(later)}: a later stage "
-            "starts from the one before it. Leave start_from out there, or leave the stages before it out."
-        )
+    _check_order(listed, follows or {})
+    for one in listed:
+        _check_settings(one)
     planned, epochs = [], 0
     for one in listed:
         end = epochs + one.epochs
@@ -107,7 +177,7 @@ def word(key: str, value: Any) -> str:
         >>> word("data.sampler", "class_balanced"), word("model.optimizer.milestones", [3, 4])
         ('--data.sampler=class_balanced', '--model.optimizer.milestones=[3, 4]')
     """
-    return f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+    return f"--{key}={value if isinstance(value, str) else json.dumps(value, default=vars)}"
 
 
 def fold(words: Sequence[str], listed: Any) -> list[str]:
@@ -132,12 +202,20 @@ def fold(words: Sequence[str], listed: Any) -> list[str]:
             changes.append((*key.removeprefix(PREFIX).partition(".")[::2], yaml.safe_load(value)))
         else:
             rest.append(given)
+    named = isinstance(listed, list) and all(isinstance(one, Mapping) and "name" in one for one in listed)
+    if listed is not None and not named:
+        raise ConfigError(f"Expected stages as a list, each with a name and epochs, got {listed!r}.")
     if not changes:
         return list(words)
-    stages = {str(one.get("name")): dict(one) for one in listed or ()}
+    stages = {str(one["name"]): dict(one) for one in listed or ()}
     for name, key, value in changes:
-        if not key and value is None:
-            stages.pop(name, None)
+        if not key and (value is not None or name not in stages):
+            raise ConfigError(
+                f"Expected --{PREFIX}NAME.KEY=VALUE, or --{PREFIX}NAME=null to leave out a stage of the recipe "
+                f"({', '.join(stages) or 'none'}), got --{PREFIX}{name}={value}."
+            )
+        if not key:
+            del stages[name]
             continue
         stage = stages.setdefault(name, {"name": name})
         inside = key.removeprefix("settings.")
@@ -158,7 +236,7 @@ def finished_checkpoint(folder: Path, stage: Stage) -> Path:
     return folder / "checkpoints" / f"{stage.name}.ckpt"
 
 
-def remaining(folder: Path, stages: Sequence[PlannedStage], task: str) -> list[PlannedStage]:
+def remaining(folder: Path, stages: Sequence[PlannedStage], task: CheckpointFormat) -> list[PlannedStage]:
     """Return the stages of a run that are not finished, by the checkpoints in its folder."""
     reached = 0
     for place, planned in enumerate(stages):
@@ -169,11 +247,10 @@ def remaining(folder: Path, stages: Sequence[PlannedStage], task: str) -> list[P
     return list(stages[reached:])
 
 
-def stage_of(checkpoint: Path, stages: Sequence[PlannedStage], task: str) -> PlannedStage:
+def stage_of(checkpoint: Path, stages: Sequence[PlannedStage], task: CheckpointFormat) -> PlannedStage:
     """Return the stage of a run that a checkpoint was written in; the first one where it does not say."""
-    entry = torch.load(checkpoint, map_location="cpu", weights_only=True).get(task, {})
-    # A run of an earlier version has one file for all of its stages, whose entry calls its stage a part.
-    name = entry.get("stage", entry.get("part"))
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    name = task.entry(content)["stage"] if task.task in content else None
     return next((planned for planned in stages if planned.stage.name == name), stages[0])
 
 
@@ -198,7 +275,17 @@ def with_start(folder: Path, stages: Sequence[PlannedStage], planned: PlannedSta
             start = own
     else:
         return planned.stage
-    return replace(planned.stage, start=start if start.exists() else own)
+    if not start.exists():
+        return replace(planned.stage, start=own)
+    # The stage before may have stopped early, and epochs go on counting from where it did.
+    first = epochs_done(start) if place else planned.stage.first_epoch
+    return replace(planned.stage, start=start, first_epoch=first)
+
+
+def epochs_done(checkpoint: Path) -> int:
+    """Return the number of epochs that a checkpoint has behind it."""
+    loops = torch.load(checkpoint, map_location="cpu", weights_only=True)["loops"]
+    return int(loops["fit_loop"]["epoch_progress"]["current"]["processed"])
 
 
 def continue_counting(stage: Stage, trainer: Trainer, history: History) -> None:
@@ -219,23 +306,29 @@ def finish(folder: Path, planned: PlannedStage, trainer: Trainer) -> None:
     trainer.strategy.barrier("stage")
 
 
-def costs(folder: Path, stages: Sequence[PlannedStage], now: Cost, epochs: int | None) -> list[dict[str, Any]]:
+def costs(folder: Path, stages: Sequence[PlannedStage], now: Cost) -> list[dict[str, Any]]:
     """Return the cost of every stage, one record each; those of earlier stages come from their checkpoints.
 
-    Args:
-        folder: Folder of the run.
-        stages: Stages of the run.
-        now: Cost of the last stage.
-        epochs: Epochs of a stage that does not say how many it has.
+    The epochs are those that were trained, which early stopping can make fewer than the planned ones.
     """
-    records = []
+    records, before = [], 0
     for planned in stages:
-        cost, own = now, planned.stage.epochs
+        path, cost = last_checkpoint(folder), now
         if not planned.last:
             path, cost = finished_checkpoint(folder, planned.stage), Cost()
             if not path.exists():
+                before = planned.stage.first_epoch + (planned.stage.epochs or 0)
                 continue
             cost.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["callbacks"][cost.state_key])
-        measured = {"step_ms": cost.step_ms(), "train_seconds": cost.train_seconds}
-        records.append({"name": planned.stage.name, "epochs": epochs if own is None else own, **measured})
+        done = epochs_done(path)
+        records.append(
+            {
+                "name": planned.stage.name,
+                "epochs": done - before,
+                "step_ms": cost.step_ms(),
+                "train_seconds": cost.train_seconds,
+                "parameters_train": cost.parameters,
+            }
+        )
+        before = done
     return records

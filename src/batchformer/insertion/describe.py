@@ -95,8 +95,8 @@ def _describe_effect(model: nn.Module, handle: Handle) -> str:
     last = repr(outside[-1]) if outside else "the end"
     effect = f"in training 2N rows [plain; mixed] from there on through {last}; in eval() the plain network"
     for name, inputs in plan.doubled_inputs.items():
-        effect += f"; {', '.join(inputs)} of {repr(name) if name else 'the model'} doubled"
+        effect += f"; {', '.join(inputs)} of {repr(name) if name else 'the model'} are doubled for you"
     if plan.run_once:
-        effect += f"; once for both streams: {', '.join(repr(once.name) for once in plan.run_once)}"
+        effect += f"; {', '.join(repr(one.name) for one in plan.run_once)} run once, later parts on both streams"
         effect += f"; padded tokens {'take part' if plan.padding is None else 'neither attend nor are attended to'}"
     return effect

@@ -496,9 +496,9 @@ def test_description(detector: Build) -> None:
     model = detector("deformable")
     insert(model, after=layers_of(model)[1])
     text = str(describe(model))
-    assert "labels of the model doubled" in text and "pixel_values, pixel_mask" in text
-    assert "once for both streams: 'model.backbone', 'model.input_proj.0'" in text
-    assert "'model.encoder.layers.0', 'model.encoder.layers.1'; padded tokens neither attend nor" in text
+    assert "labels of the model are doubled" in text and "pixel_values, pixel_mask" in text
+    assert "'model.backbone', 'model.input_proj.0'" in text and "run once, later parts on both streams" in text
+    assert "'model.encoder.layers.1' run once, later parts on both streams; padded tokens neither attend nor" in text
     model = detector("rt-detr")
     insert(model, after=layers_of(model))
     assert "padded tokens take part" in str(describe(model))

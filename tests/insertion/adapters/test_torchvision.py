@@ -93,7 +93,7 @@ def test_auxiliary_outputs_have_two_equal_halves(name: str) -> None:
     for one, other in zip(plain[1:], mixed[1:], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
     for part in names:
-        assert f"x of '{part}' doubled" in str(describe(model))
+        assert f"x of '{part}' are doubled" in str(describe(model))
     handle.remove()
     assert [out.shape[0] for out in model(x)] == [N] * (1 + len(names))
     model.eval()

@@ -53,7 +53,7 @@ def test_labels_are_doubled_once_by_name_and_by_position() -> None:
     assert out.logits.shape == (2 * N, K)
     expected = nn.functional.cross_entropy(out.logits, labels.repeat(2))
     torch.testing.assert_close(out.loss, expected)
-    assert "labels, num_items_in_batch of the model doubled" in str(describe(model))
+    assert "labels, num_items_in_batch of the model are doubled" in str(describe(model))
     # By position: after the images, wherever this version has them.
     between = list(inspect.signature(type(model).forward).parameters).index("labels") - 2
     torch.testing.assert_close(model(x, *[None] * between, labels).loss, expected)

@@ -37,7 +37,8 @@ def test_modules_of_several_layers_go_over_to_the_mask_head(
     after = {key.replace("conditional_detr_", ""): value for key, value in masks["state_dict"].items()}
     assert all(torch.equal(after[key], value) for key, value in module.items())
     old = {"part": "masks", "data": masks["panoptic"]["facts"], **masks["panoptic"]["settings"]}
-    assert translate_entry(old) == masks["panoptic"], "as earlier versions wrote it"
+    today = {key: value for key, value in masks["panoptic"].items() if key != "data"}  # fingerprints are new
+    assert translate_entry(old) == today, "as earlier versions wrote it"
 
 
 # ------------------------------------------------------------------ settings of earlier versions

@@ -44,9 +44,7 @@ class LongTailTask(Task):
         ValueError: From ``setup()``, for settings that do not go together.
     """
 
-    checkpoint = FORMAT
-    data_type = LongTailData
-    measures = MEASURES
+    checkpoint, data_type, measures = FORMAT, LongTailData, MEASURES
     primary, class_metric = "top1", "accuracy"
     stages = {
         "train": "The network is trained, with BatchFormer in it.",
@@ -55,6 +53,8 @@ class LongTailTask(Task):
         "tau": "Each class's weights are divided by their length to the power model.tau; nothing is trained.",
         "routing": "Routers are trained that ask for as many of RIDE's experts as an image needs.",
     }
+
+    follows = dict.fromkeys(("crt", "lws", "tau", "routing"), "train")
 
     def __init__(
         self,

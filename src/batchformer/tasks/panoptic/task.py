@@ -44,12 +44,10 @@ class PanopticTask(SetPredictionTask):
         seed: Seed of initial weights and dropout.
     """
 
-    checkpoint = FORMAT
-    data_type = PanopticData
-    measures = MEASURES
+    checkpoint, data_type, measures = FORMAT, PanopticData, MEASURES
     primary, class_metric = "PQ", "PQ"
     class_count = "training segments"
-    stages = STAGES
+    stages, follows = STAGES, {"masks": "detector"}
 
     def __init__(
         self,

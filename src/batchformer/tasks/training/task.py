@@ -55,6 +55,7 @@ class Task(LightningModule):
         class_metric: Name of the metric that ``compute()["per_class"]`` holds for each class.
         class_count: What ``DataFacts.counts`` counts, such as "training images".
         stages: Name of each stage that a recipe can list, and a sentence about it. The first is the default.
+        follows: Stage -> the stage that it starts from, for stages that are not the first of a training.
         loss_is_checked: Whether :meth:`loss` itself raises ``FloatingPointError`` when it is not finite, so that it
             need not be looked at once more.
         divergence_advice: What a user can do about a loss or outputs that are not finite.
@@ -74,6 +75,7 @@ class Task(LightningModule):
     class_metric: ClassVar[str]
     class_count: ClassVar[str] = "training images"
     stages: ClassVar[dict[str, str]] = {"train": "The network is trained."}
+    follows: ClassVar[dict[str, str]] = {}
     loss_is_checked: ClassVar[bool] = False
     divergence_advice: ClassVar[str] = DIVERGED
 

@@ -26,6 +26,7 @@ class CountingTask(Task):
     measures = (Measure("error", "counting error", unit="dots", higher_is_better=False),)
     primary = class_metric = "error"
     stages: ClassVar = {"train": "All of the network is trained.", "last_layer": "Its last layer is trained alone."}
+    follows: ClassVar = {"last_layer": "train"}
 
     def __init__(
         self,
