@@ -261,6 +261,23 @@ def test_a_missing_package_names_the_extra_of_the_task(command: Cli, monkeypatch
     assert "batchformer_missing" in err and "[longtail]" in err
 
 
+@pytest.mark.parametrize(
+    ("place", "got"),
+    [
+        ("counting.task:Nothing", "got nothing"),
+        ("counting.data:CountingData", "got <class"),
+        ("counting.task", "nothing"),
+    ],
+)
+def test_an_entry_point_to_no_task_is_named(
+    place: str, got: str, command: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tasks.tasks(), "counting", place)
+    status, _, err = command("fit", "counting/dots")
+    assert status == 2
+    assert "Expected a subclass of batchformer.tasks.training.task.Task" in err and got in err, err
+
+
 def test_two_tasks_of_one_name_are_refused(command: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "site" / "other-1.0.dist-info"
     folder.mkdir(parents=True)

@@ -276,7 +276,7 @@ def process_of(run: Path, session: int) -> psutil.Process:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_is_named_and_the_others_go_on(
     number: signal.Signals, command: Command, small: Small, tmp_path: Path
 ) -> None:
@@ -315,7 +315,9 @@ STOPS: dict[str, tuple[Callable[[int, int], None], int, int]] = {
 }
 
 
-@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize(
+    "stop", [pytest.param(stop, marks=[pytest.mark.slow] if "SIGTERM to all" in stop else []) for stop in STOPS]
+)
 def test_two_runs_at_a_time_are_stopped_and_go_on(stop: str, command: Command, small: Small, tmp_path: Path) -> None:
     words = ["compare", "longtail/folder", f"--out={tmp_path}", "--name=both", "--jobs=2", *small(epochs=20000)]
     runs = [tmp_path / "both" / arm / "seed0" for arm in ("plain", "batchformer")]

@@ -56,14 +56,21 @@ def task_class(task: str) -> "type[Task]":
     """Import the class of a task.
 
     Raises:
-        ImportError: When a package is missing; names the extra that brings it.
+        ImportError: When a package is missing, with the extra that brings it; when there is no such class.
 
     Example:
         >>> task_class("longtail").__name__
         'LongTailTask'
     """
+    from batchformer.tasks.training.task import Task
+
     module, _, name = tasks()[task].partition(":")
-    found: type[Task] = getattr(_imported(module, task), name)
+    found = getattr(_imported(module, task), name, None)
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise ImportError(
+            f"Expected a subclass of batchformer.tasks.training.task.Task at {tasks()[task]!r}, the place of the task "
+            f"{task!r}, got {'nothing' if found is None else repr(found)}. Mend the entry point of its package."
+        )
     return found
 
 
