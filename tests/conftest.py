@@ -345,3 +345,16 @@ def scenes() -> Callable[..., dict[str, Any]]:
         return {**batch, "labels": labels}
 
     return make
+
+
+@pytest.fixture
+def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder of all data, which is not the user's."""
+    monkeypatch.setenv("BATCHFORMER_DATA", str(tmp_path / "data root"))
+    return tmp_path / "data root"
+
+
+@pytest.fixture
+def fashion(data_root: Path, write_fashion: Callable[..., Path]) -> Path:
+    """A small Fashion-MNIST in the folder of all data."""
+    return write_fashion(data_root / "fashion-mnist")

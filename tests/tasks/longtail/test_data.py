@@ -23,15 +23,7 @@ from batchformer.tasks.longtail.imbalance import (
 Writer = Callable[..., Path]
 
 
-@pytest.fixture(autouse=True)
-def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("BATCHFORMER_DATA", str(tmp_path / "data root"))
-    return tmp_path / "data root"
-
-
-@pytest.fixture
-def fashion(data_root: Path, write_fashion: Writer) -> Path:
-    return write_fashion(data_root / "fashion-mnist")
+pytestmark = pytest.mark.usefixtures("data_root")
 
 
 def ready(*args: object, **arguments: object) -> LongTailData:
